@@ -15,8 +15,12 @@ class StatsError(VLAActionsError):
     """Statistics that are missing, malformed or of the wrong size."""
 
 
-class UnnormKeyError(StatsError):
-    """An `unnorm_key` that is missing, unknown or ambiguous."""
+class UnnormKeyError(StatsError, KeyError):
+    """An `unnorm_key` that is missing, unknown or ambiguous; also a KeyError, as for any mapping."""
+
+    def __str__(self) -> str:
+        # KeyError would show the message in quotes.
+        return str(self.args[0]) if self.args else ""
 
 
 class ActionTokenError(VLAActionsError):
