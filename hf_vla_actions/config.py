@@ -1,0 +1,206 @@
+"""`ActionConfig`: the one object that turns token ids into robot commands, saved beside the weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import string
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hf_vla_actions.actions import ActionSpace, ActionStats, NormStats
+from hf_vla_actions.constraints import Constraint, constraint_from_dict
+from hf_vla_actions.errors import CheckpointError, VLAActionsError
+from hf_vla_actions.tokenizers import ActionVocabulary, UniformActionTokenizer
+
+FILE_NAME = "action_config.json"
+FORMAT_VERSION = 1
+DEFAULT_PROMPT = "In: What action should the robot take to {instruction}?\nOut:"
+
+
+@dataclass(frozen=True, eq=False)
+class ActionConfig:
+    """Everything between the token ids of a model and the commands of a robot.
+
+    Args:
+        tokenizer: action tokenizer: chunk of normalized actions to codes and back.
+        vocabulary: codes to ids of the language model's tokenizer and back.
+        norm_stats: statistics of each dataset or robot, by `unnorm_key`.
+        spaces: meaning of the action of each `unnorm_key`; keys that are left out get `ActionSpace.unnamed`.
+        horizon: actions predicted at once.
+        prompt: what the model sees; must contain `{instruction}` once.
+        limits: constraints of the robot that hold always, whatever a call asks for (real units).
+
+    All of it is checked when it is made, saved as `action_config.json` and read again by `from_pretrained`.
+    """
+
+    tokenizer: UniformActionTokenizer
+    vocabulary: ActionVocabulary
+    norm_stats: NormStats | Mapping[str, Any]
+    spaces: Mapping[str, ActionSpace] = field(default_factory=dict)
+    horizon: int = 1
+    prompt: str = DEFAULT_PROMPT
+    limits: Sequence[Constraint] = ()
+
+    def __post_init__(self):
+        stats = self.norm_stats if isinstance(self.norm_stats, NormStats) else NormStats(self.norm_stats)
+        spaces = {key: self.spaces.get(key) or ActionSpace.unnamed(stats[key]["action"].dof) for key in stats}
+        for name, value in (("norm_stats", stats), ("spaces", spaces), ("limits", tuple(self.limits)), ("_tables", {})):
+            object.__setattr__(self, name, value if name != "spaces" else {**self.spaces, **spaces})
+        self._check()
+
+    def _check(self) -> None:
+        if not isinstance(self.horizon, (int, np.integer)) or isinstance(self.horizon, bool) or self.horizon < 1:
+            raise VLAActionsError(f"horizon must be a whole number of at least 1, got {self.horizon!r}")
+        fields = [name for _, name, _, _ in string.Formatter().parse(self.prompt) if name is not None]
+        if fields != ["instruction"]:
+            raise VLAActionsError(f"prompt must contain {{instruction}} once and nothing else, got {self.prompt!r}")
+        if self.tokenizer.n_codes != self.vocabulary.n_codes:
+            raise VLAActionsError(
+                f"the action tokenizer has {self.tokenizer.n_codes} codes, the vocabulary {self.vocabulary.n_codes}"
+            )
+        strangers = sorted(set(self.spaces) - set(self.norm_stats))
+        if strangers:
+            raise VLAActionsError(f"spaces {strangers} have no statistics; norm_stats has {sorted(self.norm_stats)}")
+        for key, space in self.spaces.items():
+            stats = self.stats(key)
+            if stats.dof != space.dof:
+                raise VLAActionsError(f"{key!r}: statistics of {stats.dof} dimensions for the {space.dof} of its space")
+            if stats.mode == "normal":
+                raise VLAActionsError(
+                    f"{key!r}: bins cover [-1, 1] and would cut z-scores (mode 'normal') at one standard deviation; "
+                    "use mode 'bounds_q99' or 'bounds'"
+                )
+
+    def resolve(self, unnorm_key: str | None = None) -> str:
+        """The `unnorm_key` to use; may be omitted when there is one. Otherwise raises and lists them."""
+        return self.norm_stats.resolve(unnorm_key)  # type: ignore[union-attr]
+
+    def space(self, unnorm_key: str | None = None) -> ActionSpace:
+        """Meaning of the action of one dataset."""
+        return self.spaces[self.resolve(unnorm_key)]
+
+    def stats(self, unnorm_key: str | None = None) -> ActionStats:
+        """Statistics of the action of one dataset."""
+        return self.norm_stats[self.resolve(unnorm_key)]["action"]
+
+    def n_tokens(self, unnorm_key: str | None = None) -> int:
+        """Action tokens of one chunk, without the closing token."""
+        return self.horizon * self.space(unnorm_key).dof
+
+    def token_values(self, unnorm_key: str | None = None) -> np.ndarray:
+        """(dof, n_codes) float64: the value in real units that each code stands for in each dimension.
+
+        `decode` reads its results from this very table, and constraints are tested on it: what is allowed and what
+        is carried out cannot differ.
+        """
+        key = self.resolve(unnorm_key)
+        tables: dict[str, np.ndarray] = self._tables  # type: ignore[attr-defined]
+        if key not in tables:
+            dof = self.spaces[key].dof
+            codes = np.arange(self.tokenizer.n_codes)
+            normalized = self.tokenizer.decode(np.repeat(codes[:, None], dof, axis=1), 1, dof)[:, 0]
+            table = self.spaces[key].settle(self.stats(key).unnormalize(normalized)).T.copy()
+            table.setflags(write=False)
+            tables[key] = table
+        return tables[key]
+
+    def encode(self, actions, unnorm_key: str | None = None) -> np.ndarray:
+        """Token ids of a chunk: (..., horizon, dof) in real units to (..., horizon * dof) int64."""
+        actions = np.asarray(actions, dtype=np.float64)
+        dof = self.space(unnorm_key).dof
+        if actions.shape[-2:] != (self.horizon, dof):
+            raise VLAActionsError(f"a chunk has shape (..., {self.horizon}, {dof}), got {actions.shape}")
+        return self.vocabulary.to_ids(self.tokenizer.encode(self.stats(unnorm_key).normalize(actions)))
+
+    def decode(self, ids, unnorm_key: str | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids (..., horizon * dof) to a pair of chunks (..., horizon, dof): normalized, and in real units."""
+        dof = self.space(unnorm_key).dof
+        codes = self.vocabulary.to_codes(ids)
+        normalized = self.tokenizer.decode(codes, self.horizon, dof)
+        grid = codes.reshape(normalized.shape)
+        return normalized, self.token_values(unnorm_key)[np.arange(dof), grid]
+
+    def prompt_for(self, instruction: str) -> str:
+        """The prompt of one instruction. Text of action tokens inside it raises: it would become actions."""
+        if not isinstance(instruction, str) or not instruction.strip():
+            raise VLAActionsError(f"an instruction is a sentence, got {instruction!r}")
+        if self.vocabulary.layout == "append":
+            hidden = [token for token in self.vocabulary.tokens if token in instruction]
+            if hidden:
+                raise VLAActionsError(f"the instruction {instruction!r} contains the action token {hidden[0]!r}")
+        return self.prompt.format(instruction=instruction.strip())
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of `action_config.json`; inverse of `from_dict`."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "tokenizer": self.tokenizer.to_dict(),
+            "vocabulary": self.vocabulary.to_dict(),
+            "norm_stats": self.norm_stats.to_dict(),  # type: ignore[union-attr]
+            "spaces": {key: space.to_dict() for key, space in self.spaces.items()},
+            "horizon": int(self.horizon),
+            "prompt": self.prompt,
+            "limits": [limit.to_dict() for limit in self.limits],
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ActionConfig:
+        """Read what `to_dict` wrote."""
+        version = values.get("format_version")
+        if version != FORMAT_VERSION:
+            raise CheckpointError(f"{FILE_NAME} has format_version {version!r}, this release reads {FORMAT_VERSION}")
+        return cls(
+            tokenizer=UniformActionTokenizer.from_dict(values["tokenizer"]),
+            vocabulary=ActionVocabulary.from_dict(values["vocabulary"]),
+            norm_stats=NormStats.from_dict(values["norm_stats"]),
+            spaces={key: ActionSpace.from_dict(space) for key, space in values["spaces"].items()},
+            horizon=values["horizon"],
+            prompt=values["prompt"],
+            limits=[constraint_from_dict(limit) for limit in values["limits"]],
+        )
+
+    def save_pretrained(self, save_directory: str | os.PathLike) -> Path:
+        """Write `action_config.json` into a folder and return its path."""
+        path = Path(save_directory) / FILE_NAME
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(FILE_NAME + ".tmp")
+        temporary.write_text(json.dumps(self.to_dict(), indent=1), encoding="utf-8")
+        os.replace(temporary, path)
+        return path
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike, **hub_arguments) -> ActionConfig:
+        """Read `action_config.json` of a checkpoint: a folder, or a repository of the Hub.
+
+        Args:
+            path: folder or repository id.
+            hub_arguments: `revision`, `token`, `cache_dir`, ... as in Transformers.
+        """
+        from transformers.utils import cached_file
+
+        if Path(path).is_dir():
+            file = Path(path) / FILE_NAME
+        else:
+            try:
+                file = Path(cached_file(str(path), FILE_NAME, **hub_arguments))
+            except OSError as error:
+                raise CheckpointError(f"no {FILE_NAME} to be had from {str(path)!r}: {error}") from None
+        try:
+            return cls.from_dict(json.loads(file.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            raise CheckpointError(
+                f"{path} holds no {FILE_NAME}: it is no checkpoint of a policy. Train one, or make an ActionConfig and "
+                "call to_vla(model, processor, config)"
+            ) from None
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{file} is damaged ({type(error).__name__}: {error})") from None
+
+    def __eq__(self, other) -> bool:
+        return isinstance(other, ActionConfig) and self.to_dict() == other.to_dict()
+
+    __hash__ = None  # type: ignore[assignment]
