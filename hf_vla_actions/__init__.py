@@ -1,0 +1,52 @@
+"""Robot policies from Transformers vision-language models, with commands that respect the robot's limits."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "ActionSpace": "actions",
+    "ActionStats": "actions",
+    "BinGrid": "actions",
+    "Gripper": "actions",
+    "NormStats": "actions",
+    "ActionVocabulary": "tokenizers",
+    "UniformActionTokenizer": "tokenizers",
+    "ActionConfig": "config",
+    "TACOLogitsProcessor": "decoding",
+    "ActionOutput": "models",
+    "ActionPredictionMixin": "models",
+    "AutoModelForActionPrediction": "models",
+    "to_vla": "models",
+    "InfeasibleConstraintError": "errors",
+    "VLAActionsError": "errors",
+}
+_ROOMS = ("constraints",)
+
+__all__ = ["__version__", *_HOME, *_ROOMS]
+
+if TYPE_CHECKING:
+    from hf_vla_actions import constraints as constraints
+    from hf_vla_actions.actions import ActionSpace, ActionStats, BinGrid, Gripper, NormStats
+    from hf_vla_actions.config import ActionConfig
+    from hf_vla_actions.decoding import TACOLogitsProcessor
+    from hf_vla_actions.errors import InfeasibleConstraintError, VLAActionsError
+    from hf_vla_actions.models import ActionOutput, ActionPredictionMixin, AutoModelForActionPrediction, to_vla
+    from hf_vla_actions.tokenizers import ActionVocabulary, UniformActionTokenizer
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return importlib.import_module(f"hf_vla_actions.{name}")
+    if name not in _HOME:
+        raise AttributeError(f"module 'hf_vla_actions' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"hf_vla_actions.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,46 @@
+"""LoRA adapters that carry their action tokens and their `action_config.json` with them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from hf_vla_actions.errors import CheckpointError
+
+
+def save_adapter(model, folder: str | Path) -> None:
+    """Save a PEFT model around a policy: the adapter, the processor and `action_config.json`.
+
+    Args:
+        model: PeftModel whose base was made by `to_vla`.
+        folder: where to.
+    """
+    policy = model.get_base_model()
+    # PEFT would add both full embedding matrices because the vocabulary grew; the new rows are in the adapter already.
+    model.save_pretrained(folder, save_embedding_layers=False)
+    policy.processor.save_pretrained(folder)
+    policy.action_config.save_pretrained(folder)
+
+
+def load_adapter(policy, folder: str | Path, **kwargs: Any):
+    """Put an adapter on its base policy; raises if a single weight is missing or left over.
+
+    Args:
+        policy: the base model, made by `to_vla` with the adapter's own action config.
+        folder: adapter folder or repository id.
+
+    Returns:
+        PeftModel; `predict_action` and the other methods of the policy are reached through it.
+    """
+    from peft import PeftModel, get_peft_model_state_dict
+    from peft.utils import load_peft_weights
+
+    model = PeftModel.from_pretrained(policy, folder, **kwargs)
+    saved = set(load_peft_weights(str(folder), device="cpu"))
+    there = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    if saved != there:
+        raise CheckpointError(
+            f"the adapter in {folder} does not fit its base model: {len(there - saved)} weights are missing "
+            f"(such as {sorted(there - saved)[:2]}), {len(saved - there)} are left over ({sorted(saved - there)[:2]})"
+        )
+    return model

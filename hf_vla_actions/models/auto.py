@@ -1,0 +1,95 @@
+"""`AutoModelForActionPrediction`: load a policy from a folder or from the Hub, whatever kind of checkpoint it is."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+from transformers.utils import cached_file
+
+from hf_vla_actions.config import ActionConfig
+from hf_vla_actions.errors import CheckpointError
+from hf_vla_actions.models.adapter import load_adapter
+from hf_vla_actions.models.families import family_of
+from hf_vla_actions.models.wrap import to_vla
+
+logger = logging.getLogger(__name__)
+ADAPTER_FILE = "adapter_config.json"
+
+
+class AutoModelForActionPrediction:
+    """Loads any checkpoint of a policy; not to be instantiated."""
+
+    def __init__(self):
+        raise TypeError("use AutoModelForActionPrediction.from_pretrained(path)")
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, *, config: ActionConfig | None = None, **kwargs: Any):
+        """Load a policy: a full checkpoint or a LoRA adapter, from a folder or from the Hub.
+
+        Args:
+            path: folder or repository id.
+            config: instead of the checkpoint's own `action_config.json`.
+            kwargs: passed on to the model's `from_pretrained` (`dtype`, `device_map`, `revision`, ...).
+
+        Returns:
+            The native model with the methods of `ActionPredictionMixin`, in eval mode; for an adapter a PeftModel
+            that passes them on.
+
+        Raises:
+            CheckpointError: a file is missing, or a weight is missing or unexpected.
+        """
+        path = str(path)
+        action_config = config or ActionConfig.from_pretrained(path, **_hub(kwargs))
+        adapter = _adapter_config(path, kwargs)
+        if adapter is None:
+            return to_vla(*load_model(path, **kwargs), action_config).eval()
+        model, _ = load_model(adapter["base_model_name_or_path"], **kwargs)
+        processor = load_processor(path, model.config, **_hub(kwargs))
+        return load_adapter(to_vla(model, processor, action_config), path).eval()
+
+
+def load_model(path: str, **kwargs: Any) -> tuple[Any, Any]:
+    """Load a native model with its processor (for a text-only model its tokenizer); incomplete weights raise."""
+    try:
+        config = AutoConfig.from_pretrained(path, **_hub(kwargs))
+        family = family_of(config)
+        auto = AutoModelForImageTextToText if family.takes_images else AutoModelForCausalLM
+        model, info = auto.from_pretrained(path, output_loading_info=True, **kwargs)
+    except OSError as error:
+        raise CheckpointError(f"no model to be had from {path!r}: {str(error).splitlines()[0]}") from None
+    problems = {name: sorted(map(str, info[name])) for name in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+    if any(problems.values()):
+        summary = "; ".join(f"{name}: {len(keys)} ({keys[:2]})" for name, keys in problems.items() if keys)
+        raise CheckpointError(f"the weights in {path!r} do not fit a {type(model).__name__}: {summary}")
+    return model, load_processor(path, config, **_hub(kwargs))
+
+
+def load_processor(path: str, config, **hub_arguments: Any):
+    """Load the processor of a vision model, or the tokenizer of a text-only one."""
+    if not family_of(config).takes_images:
+        return AutoTokenizer.from_pretrained(path, **hub_arguments)
+    processor = AutoProcessor.from_pretrained(path, **hub_arguments)
+    if "tokenizer" not in processor.get_attributes():
+        # AutoProcessor falls back to a bare tokenizer when files are missing, and pictures would be ignored.
+        raise CheckpointError(f"{path!r} has no complete processor, only a {type(processor).__name__}")
+    return processor
+
+
+def _hub(kwargs: dict[str, Any]) -> dict[str, Any]:
+    names = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "force_download")
+    return {name: kwargs[name] for name in names if name in kwargs}
+
+
+def _adapter_config(path: str, kwargs: dict[str, Any]) -> dict[str, Any] | None:
+    file = cached_file(
+        path,
+        ADAPTER_FILE,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_gated_repo=False,
+        **_hub(kwargs),
+    )
+    return None if file is None else json.loads(Path(file).read_text(encoding="utf-8"))

@@ -1,0 +1,208 @@
+"""The methods that make a Transformers model a robot policy."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import LogitsProcessorList
+
+from hf_vla_actions.config import ActionConfig
+from hf_vla_actions.decoding import TACOLogitsProcessor
+from hf_vla_actions.errors import VLAActionsError
+from hf_vla_actions.models.output import ActionOutput
+from hf_vla_actions.models.prompts import PromptBuilder
+from hf_vla_actions.runtime import ChunkPolicy
+
+MODES = ("project", "transport", "mask")
+
+# Text-generation habits of a checkpoint (its generation_config.json) would bend the distribution over actions: a
+# repetition penalty forbids standing still, top_k=50 cuts the bins. Each can still be asked for in the call.
+NEUTRAL_GENERATION: dict[str, Any] = {
+    "do_sample": False,
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "temperature": 1.0,
+    "top_k": 0,
+    "top_p": 1.0,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "repetition_penalty": 1.0,
+    "encoder_repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "length_penalty": 1.0,
+    "min_length": 0,
+    "min_new_tokens": 0,
+}
+RESERVED = ("logits_processor", "max_new_tokens", "max_length", "return_dict_in_generate", "output_logits")
+
+
+class ActionPredictionMixin:
+    """`prepare`, `predict_action` and `policy` for a model with `generate()`; made by `to_vla`.
+
+    Attributes:
+        action_config: ActionConfig of this policy.
+        processor: the model's processor (for a text-only model its tokenizer).
+        prompts: PromptBuilder, the same one that training uses.
+    """
+
+    action_config: ActionConfig
+    processor: Any
+    prompts: PromptBuilder
+
+    def prepare(self, images, instruction, proprio=None) -> dict[str, Any]:
+        """Build the prompt and call the processor.
+
+        Args:
+            images: a picture, or a list of pictures (one a camera); for a list of instructions one such entry each.
+            instruction: the user's sentence, or a list of them for a batch (padded on the left).
+            proprio: not used by the models there are; anything but None raises.
+
+        Returns:
+            Arguments for `predict_action` and `generate`, on the model's device.
+        """
+        if proprio is not None:
+            raise VLAActionsError("this policy was not built to read proprio; pass proprio=None")
+        inputs = self.prompts.build(images, instruction, padding_side="left")
+        return {
+            name: value.to(self.device, self.dtype if value.is_floating_point() else None)  # type: ignore[attr-defined]
+            for name, value in inputs.items()
+        }
+
+    @torch.no_grad()
+    def predict_action(
+        self,
+        input_ids: torch.Tensor | None = None,
+        *,
+        unnorm_key: str | None = None,
+        constraints=None,
+        context=None,
+        mode: str = "project",
+        return_dict: bool = False,
+        **kwargs,
+    ) -> np.ndarray | ActionOutput:
+        """Generate the tokens of one chunk per row and return it in real units.
+
+        Args:
+            input_ids: (batch, length) from `prepare`, passed on as `**inputs`.
+            unnorm_key: which statistics and action space; may be omitted when there is one.
+            constraints: list of constraints in real units for every sample, or one list per sample; the robot's
+                permanent limits (`action_config.limits`) are added to each.
+            context: what the robot knows now, for constraints that need it.
+            mode: "project" (decode freely, then move the result into the allowed set), "transport" (the probability
+                of each forbidden bin moves to the nearest allowed one) or "mask" (forbidden bins get none). All three
+                keep every hard constraint; they differ in what is left of the policy's intention.
+            return_dict: return an ActionOutput instead of the actions alone.
+            kwargs: the rest of `prepare`'s result, and options of `generate` such as `do_sample`, `temperature`,
+                `num_beams`, `num_return_sequences`.
+
+        Returns:
+            (batch, horizon, dof) float64 in the units of the action space; with `num_return_sequences` n, batch * n
+            rows.
+
+        Raises:
+            UnnormKeyError: the key is missing, unknown or ambiguous.
+            InfeasibleConstraintError: no action within reach satisfies the constraints (before the first forward).
+        """
+        key = self.action_config.resolve(unnorm_key)
+        if mode not in MODES:
+            raise VLAActionsError(f"mode must be one of {list(MODES)}, got {mode!r}")
+        reserved = [name for name in RESERVED if name in kwargs]
+        if reserved:
+            raise VLAActionsError(f"predict_action decides {reserved} itself; call generate() for full control")
+        if input_ids is None:
+            raise VLAActionsError("predict_action needs the tensors of prepare(): predict_action(**inputs)")
+        taco = TACOLogitsProcessor(
+            constraints,
+            self.action_config,
+            unnorm_key=key,
+            prompt_length=input_ids.shape[1],
+            context=context,
+            mode=mode,
+            temperature=kwargs.get("temperature", 1.0) if kwargs.get("do_sample") else 1.0,
+        )
+        n_tokens = self.action_config.n_tokens(key)
+        out = self.generate(  # type: ignore[attr-defined]
+            input_ids=input_ids,
+            logits_processor=LogitsProcessorList([taco]),
+            **{**NEUTRAL_GENERATION, "pad_token_id": self.action_config.vocabulary.end_token_id, **kwargs},
+            max_new_tokens=n_tokens,
+            return_dict_in_generate=True,
+            output_logits=return_dict,
+        )
+        token_ids = out.sequences[:, input_ids.shape[1] :].cpu().numpy()
+        normalized, decoded = self.action_config.decode(token_ids, key)
+        actions = taco.bound.project(decoded) if mode == "project" else decoded
+        if not return_dict:
+            return actions
+        return ActionOutput(
+            actions=actions,
+            normalized=normalized,
+            token_ids=token_ids,
+            log_prob=_log_prob(out, token_ids),
+            unnorm_key=key,
+            moved=actions - decoded,
+        )
+
+    def policy(
+        self,
+        unnorm_key: str | None = None,
+        constraints=None,
+        *,
+        execute_steps: int | None = None,
+        mode: str = "project",
+        **generate_options,
+    ) -> ChunkPolicy:
+        """A policy for one robot: `policy(obs) -> action (dof,)`, `policy.reset()` at the start of an episode.
+
+        Args:
+            unnorm_key: see `predict_action`.
+            constraints: list of constraints, or a function of the observation that returns one (limits that depend
+                on where the robot is).
+            execute_steps: actions carried out before the next prediction; the whole chunk if None.
+            mode: see `predict_action`.
+            generate_options: passed on to `generate`.
+
+        An observation is a mapping with "images" and "instruction", as for `prepare`; other entries are for
+        `constraints`.
+        """
+        key = self.action_config.resolve(unnorm_key)
+
+        def predict_chunk(obs: Mapping[str, Any]) -> np.ndarray:
+            missing = [name for name in ("images", "instruction") if name not in obs]
+            if missing:
+                raise VLAActionsError(f"an observation needs {missing}; it has {sorted(obs)}")
+            wanted = constraints(obs) if isinstance(constraints, Callable) else constraints  # type: ignore[arg-type]
+            inputs = self.prepare(obs["images"], obs["instruction"])
+            return self.predict_action(**inputs, unnorm_key=key, constraints=wanted, mode=mode, **generate_options)[0]
+
+        return ChunkPolicy(predict_chunk, execute_steps)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *, is_main_process: bool = True, **kwargs):
+        """Save weights as the native model does, with the processor and `action_config.json` beside them."""
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)  # type: ignore[misc]
+        if is_main_process:
+            self.processor.save_pretrained(save_directory)
+            self.action_config.save_pretrained(save_directory)
+
+    def generate_batch(self, *args, **kwargs):
+        """Refused: continuous batching drops LogitsProcessors silently, so its actions would be unconstrained."""
+        raise VLAActionsError("generate_batch ignores logits processors; use predict_action or generate with a batch")
+
+
+def _log_prob(out, token_ids: np.ndarray) -> np.ndarray:
+    """(rows,) log-probability of the generated tokens from the raw logits of each step."""
+    tokens = torch.as_tensor(token_ids, device=out.logits[0].device)
+    rows = torch.arange(len(tokens), device=tokens.device)
+    beams = out.get("beam_indices")
+    total = torch.zeros(len(tokens), dtype=torch.float64, device=tokens.device)
+    for step, logits in enumerate(out.logits):
+        row = rows if beams is None else beams[:, step]
+        log_p = torch.log_softmax(logits[row].float(), dim=-1)
+        total += log_p.gather(1, tokens[:, step : step + 1])[:, 0].double()
+    return total.cpu().numpy()

@@ -1,0 +1,77 @@
+"""`to_vla`: turn a loaded model into a robot policy, without changing what it saves."""
+
+from __future__ import annotations
+
+import logging
+
+from transformers import PreTrainedModel
+
+from hf_vla_actions.config import ActionConfig
+from hf_vla_actions.errors import VLAActionsError
+from hf_vla_actions.models.families import family_of
+from hf_vla_actions.models.mixin import ActionPredictionMixin
+from hf_vla_actions.models.prompts import PromptBuilder
+
+logger = logging.getLogger(__name__)
+
+
+def to_vla(model: PreTrainedModel, processor, config: ActionConfig) -> PreTrainedModel:
+    """Give a model the methods of `ActionPredictionMixin`; changes and returns that model.
+
+    The embeddings grow if the action tokens need rows (they never shrink). What is saved later keeps the native
+    `model_type`, `architectures` and weight names, so plain Transformers loads it.
+
+    Args:
+        model: any AutoModelForImageTextToText of a supported family, or any AutoModelForCausalLM.
+        processor: its processor (with the action tokens in its tokenizer); for a text-only model the tokenizer.
+        config: what turns token ids into robot commands.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise VLAActionsError(f"to_vla needs a loaded Transformers model, got {type(model).__name__}")
+    if not model.can_generate():
+        raise VLAActionsError(
+            f"{type(model).__name__} cannot generate; load it with AutoModelForImageTextToText or AutoModelForCausalLM"
+        )
+    family = family_of(model.config)
+    prompts = PromptBuilder(processor, config, family)
+    config.vocabulary.check(prompts.tokenizer)
+    if prompts.tokenizer.pad_token is None:
+        # The attention mask hides padding, so any token will do; without one there are no batches.
+        prompts.tokenizer.pad_token = prompts.tokenizer.eos_token
+        logger.warning("the tokenizer has no pad token; its end-of-sequence token is used")
+    grow_embeddings(model, config.vocabulary, len(prompts.tokenizer))
+    _end_with(model, config.vocabulary.end_token_id)
+    if not isinstance(model, ActionPredictionMixin):
+        model.__class__ = _policy_class(type(model))
+    model.action_config, model.processor, model.prompts = config, processor, prompts
+    return model
+
+
+def grow_embeddings(model: PreTrainedModel, vocabulary, tokenizer_length: int) -> None:
+    """Add rows for tokens the embeddings do not have yet; never shrinks, keeps a multiple of 64 if it was one.
+
+    New rows start near the mean of the old ones (Transformers' `mean_resizing`).
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    needed = max(int(vocabulary.token_ids.max()) + 1, tokenizer_length)
+    if needed > rows:
+        model.resize_token_embeddings(needed, pad_to_multiple_of=64 if rows % 64 == 0 else None)
+        logger.info("embeddings grew from %d to %d rows", rows, model.get_input_embeddings().weight.shape[0])
+
+
+def _end_with(model: PreTrainedModel, end_token_id: int) -> None:
+    ends = model.generation_config.eos_token_id
+    ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+    if end_token_id not in ends:
+        ends.append(end_token_id)
+        model.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
+
+
+def _policy_class(native: type) -> type:
+    """A subclass that Transformers takes for the native class.
+
+    Weight conversions, `architectures` and the loss are looked up by the class's name and module. A subclass of
+    another name loses them silently: weights are then loaded at random and saved under other keys.
+    """
+    names = {"__module__": native.__module__, "__qualname__": native.__qualname__, "__doc__": native.__doc__}
+    return type(native.__name__, (ActionPredictionMixin, native), names)
