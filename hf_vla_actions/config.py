@@ -49,7 +49,12 @@ class ActionConfig:
     def __post_init__(self):
         stats = self.norm_stats if isinstance(self.norm_stats, NormStats) else NormStats(self.norm_stats)
         spaces = {key: self.spaces.get(key) or ActionSpace.unnamed(stats[key]["action"].dof) for key in stats}
-        for name, value in (("norm_stats", stats), ("spaces", spaces), ("limits", tuple(self.limits)), ("_tables", {})):
+        for name, value in (
+            ("norm_stats", stats),
+            ("spaces", spaces),
+            ("limits", tuple(self.limits)),
+            ("_tables", {}),
+        ):
             object.__setattr__(self, name, value if name != "spaces" else {**self.spaces, **spaces})
         self._check()
 
@@ -69,7 +74,9 @@ class ActionConfig:
         for key, space in self.spaces.items():
             stats = self.stats(key)
             if stats.dof != space.dof:
-                raise VLAActionsError(f"{key!r}: statistics of {stats.dof} dimensions for the {space.dof} of its space")
+                raise VLAActionsError(
+                    f"{key!r}: statistics of {stats.dof} dimensions for the {space.dof} of its space"
+                )
             if stats.mode == "normal":
                 raise VLAActionsError(
                     f"{key!r}: bins cover [-1, 1] and would cut z-scores (mode 'normal') at one standard deviation; "

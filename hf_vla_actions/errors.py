@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import sys
+from collections.abc import Callable
+
 
 class VLAActionsError(ValueError):
     """Base of every error this package raises on purpose; raised before anything moves or is overwritten."""
@@ -41,3 +45,17 @@ class CheckpointError(VLAActionsError):
 
 class TrainingError(VLAActionsError):
     """Training that cannot start or must not go on."""
+
+
+def one_line_errors(main: Callable[..., int]) -> Callable[..., int]:
+    """Make a command end with one line on stderr and exit status 2 where this package refuses its input."""
+
+    @functools.wraps(main)
+    def guarded(*args, **kwargs) -> int:
+        try:
+            return main(*args, **kwargs)
+        except VLAActionsError as error:
+            sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+            return 2
+
+    return guarded

@@ -98,7 +98,9 @@ class NormStats(Mapping):
                 raise StatsError(f"{source} describes one dataset without a name; pass key='...' to name it")
             return cls({key: _read_entry(content, f"{source}")})
         if key is not None:
-            raise StatsError(f"{source} names its datasets {sorted(content)}; key={key!r} is only for files that do not")
+            raise StatsError(
+                f"{source} names its datasets {sorted(content)}; key={key!r} is only for files that do not"
+            )
         if not all(isinstance(entry, dict) and _is_entry(entry) for entry in content.values()):
             raise StatsError(
                 f"{source} is not in a known format: expected {{dataset: {{'action': {{'q01': [...], 'q99': [...]}}}}}}, "

@@ -51,7 +51,7 @@ class ActionSpace:
         names: one name a dimension, or None for a space that only knows how many there are.
         units: one unit a dimension (`"m"`, `"rad"`, ...; None where the number has none).
         delta: per dimension (or once for all): true if the number is a change of the current state, false if it is
-            the target itself.
+            the target itself, None where nobody has said.
         frame: axes in which the numbers are expressed: "world", "base", "tcp" or "joint"; None if unknown.
         gripper: convention of the gripper's dimension, if there is one.
         rate_hz: control rate at which the actions are meant to be carried out.
@@ -59,7 +59,7 @@ class ActionSpace:
 
     names: tuple[str, ...]
     units: tuple[str | None, ...]
-    delta: tuple[bool, ...]
+    delta: tuple[bool | None, ...]
     frame: str | None = None
     gripper: Gripper | None = None
     rate_hz: float | None = None
@@ -69,7 +69,7 @@ class ActionSpace:
         self,
         names,
         units=None,
-        delta: bool | tuple[bool, ...] = True,
+        delta: bool | None | tuple[bool | None, ...] = None,
         frame: str | None = None,
         gripper: Gripper | None = None,
         rate_hz: float | None = None,
@@ -78,7 +78,7 @@ class ActionSpace:
     ):
         names = tuple(names)
         units = (None,) * len(names) if units is None else tuple(units)
-        delta = (bool(delta),) * len(names) if isinstance(delta, bool) else tuple(bool(d) for d in delta)
+        delta = (delta,) * len(names) if delta is None or isinstance(delta, bool) else tuple(delta)
         values = {"names": names, "units": units, "delta": delta, "frame": frame, "gripper": gripper}
         for field, value in {**values, "rate_hz": rate_hz, "named": named}.items():
             object.__setattr__(self, field, value)
@@ -92,6 +92,8 @@ class ActionSpace:
         for what, entries in (("units", self.units), ("delta", self.delta)):
             if len(entries) != self.dof:
                 raise ActionSpaceError(f"{what} has {len(entries)} entries for {self.dof} names {list(self.names)}")
+        if not all(d is None or isinstance(d, bool) for d in self.delta):
+            raise ActionSpaceError(f"delta is True, False or None a dimension, got {list(self.delta)}")
         if self.frame is not None and self.frame not in FRAMES:
             raise ActionSpaceError(f"frame must be one of {list(FRAMES)} or None, got {self.frame!r}")
         if self.rate_hz is not None and not (math.isfinite(self.rate_hz) and self.rate_hz > 0):
@@ -143,7 +145,8 @@ class ActionSpace:
     def describe(self, dim: str | int) -> str:
         """One dimension in words, for messages: `'x' (m, delta, base frame)`."""
         i = self.index(dim)
-        facts = [self.units[i] or "no unit", "delta" if self.delta[i] else "absolute"]
+        kind = {True: "delta", False: "absolute", None: "delta or absolute not said"}[self.delta[i]]
+        facts = [self.units[i] or "no unit", kind]
         if not self.named:
             return f"dimension {i}"
         return f"{self.names[i]!r} ({', '.join(facts)}{f', {self.frame} frame' if self.frame else ''})"

@@ -1,0 +1,58 @@
+"""`accelerate launch -m hf_vla_actions.train`: see `main`."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+from transformers import HfArgumentParser, set_seed
+
+from hf_vla_actions.errors import one_line_errors
+from hf_vla_actions.train.arguments import DataArguments, LoraArguments, ModelArguments, VLATrainingArguments
+from hf_vla_actions.train.run import fine_tune, prepare_output
+from hf_vla_actions.train.setup import chunk_datasets, load_policy, open_dataset
+
+DESCRIPTION = """\
+Fine-tune a vision-language model into a robot policy on a LeRobotDataset v3.0.
+
+example, LoRA on every GPU of the machine:
+  accelerate launch -m hf_vla_actions.train --model_name_or_path llava-hf/llava-1.5-7b-hf --dataset ./my_robot \\
+    --output_dir ./policy --use_peft --lora_r 64 --lora_alpha 16 --lora_dropout 0.05 --bf16 \\
+    --action_units m m m rad rad rad none --action_kind delta
+
+example, two processes on CPU:
+  ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no \\
+    --dynamo_backend no -m hf_vla_actions.train --model_name_or_path ./tiny --dataset ./my_robot --output_dir ./policy
+
+Without --use_peft all weights are trained. Every option of Transformers' TrainingArguments can be given too.
+"""
+
+
+@one_line_errors
+def main(argv: list[str] | None = None) -> int:
+    """Parse the options, fine-tune, save; what is wrong with the options ends in one line and exit status 2."""
+    from argparse import RawDescriptionHelpFormatter
+
+    parser = HfArgumentParser(
+        [ModelArguments, DataArguments, LoraArguments, VLATrainingArguments],
+        prog="hf-vla train",
+        description=DESCRIPTION,
+        formatter_class=RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    argv = sys.argv[1:] if argv is None else argv
+    model_args, data_args, lora_args, args = parser.parse_args_into_dataclasses(argv)
+    logging.basicConfig(level=args.get_process_log_level(), format="%(levelname)s %(name)s: %(message)s")
+    if lora_args.use_peft and "--learning_rate" not in argv:
+        args.learning_rate = 5e-4
+    set_seed(args.seed)
+    prepare_output(args)
+    dataset = open_dataset(data_args)
+    policy, key = load_policy(model_args, data_args, dataset, args.seed)
+    train_dataset, eval_dataset = chunk_datasets(dataset, data_args, policy.action_config.horizon, args.seed)
+    fine_tune(policy, train_dataset, args, lora=lora_args, eval_dataset=eval_dataset, unnorm_key=key)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,127 @@
+"""The options of `hf_vla_actions.train`, as Transformers' argument parser reads them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+
+@dataclass
+class ModelArguments:
+    """What is trained, and how actions become tokens."""
+
+    model_name_or_path: str = field(
+        metadata={"help": "Model of the Hub or folder: a vision-language model, a text-only one, or a policy."}
+    )
+    n_bins: int = field(default=256, metadata={"help": "Bins a dimension, and action tokens of the vocabulary."})
+    action_layout: str = field(
+        default="append",
+        metadata={
+            "help": "Where action tokens stand: 'append' adds new ones behind the vocabulary, 'tail' overwrites its last "
+            "ids as OpenVLA does (with OpenVLA's bins).",
+            "choices": ["append", "tail"],
+        },
+    )
+    prompt: str | None = field(
+        default=None, metadata={"help": "What the model sees; must contain {instruction}. Default: OpenVLA's prompt."}
+    )
+    dtype: str = field(
+        default="auto", metadata={"help": "Weights are loaded as this: 'auto', 'float32', 'bfloat16', 'float16'."}
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "'sdpa', 'eager', 'flash_attention_2'; the model's own default if not given."}
+    )
+
+
+@dataclass
+class DataArguments:
+    """Which dataset, and what its numbers mean."""
+
+    dataset: str = field(metadata={"help": "Folder of a LeRobotDataset v3.0."})
+    unnorm_key: str | None = field(
+        default=None, metadata={"help": "Name of the statistics in the checkpoint. Default: the folder's name."}
+    )
+    cameras: list[str] | None = field(
+        default=None, metadata={"help": "Cameras to use, such as image_0. Default: all."}
+    )
+    action_key: str = field(default="action", metadata={"help": "Column of the actions."})
+    horizon: int = field(default=1, metadata={"help": "Actions predicted at once (length of a chunk)."})
+    skip_first: int = field(
+        default=0,
+        metadata={"help": "Steps left out at the start of every episode (bridge: 1, its first action is 0)."},
+    )
+    eval_fraction: float = field(
+        default=0.0, metadata={"help": "Share of the episodes that is held out and evaluated on."}
+    )
+    action_names: list[str] | None = field(
+        default=None, metadata={"help": "Name of each dimension. Default: those of the dataset."}
+    )
+    action_units: list[str] | None = field(
+        default=None,
+        metadata={"help": "Unit of each dimension, 'none' where there is none, such as m m m rad rad rad none."},
+    )
+    action_kind: str | None = field(
+        default=None,
+        metadata={
+            "help": "'delta' if actions are changes, 'absolute' if they are targets.",
+            "choices": ["delta", "absolute"],
+        },
+    )
+    action_frame: str | None = field(
+        default=None,
+        metadata={"help": "Axes of the actions.", "choices": ["world", "base", "tcp", "joint"]},
+    )
+    gripper: str | None = field(
+        default=None,
+        metadata={
+            "help": "Name or index of the gripper's dimension, 'none' if there is none. Default: 'gripper' if so named."
+        },
+    )
+    gripper_open: float = field(default=1.0, metadata={"help": "Value of the open gripper."})
+    gripper_closed: float = field(default=0.0, metadata={"help": "Value of the closed gripper."})
+    norm_mode: str = field(
+        default="bounds_q99",
+        metadata={
+            "help": "What becomes [-1, 1]: 1st to 99th percentile, or min to max.",
+            "choices": ["bounds_q99", "bounds"],
+        },
+    )
+
+
+@dataclass
+class LoraArguments:
+    """LoRA instead of full fine-tuning."""
+
+    use_peft: bool = field(default=False, metadata={"help": "Train a LoRA adapter and the rows of the action tokens."})
+    lora_r: int = field(default=32, metadata={"help": "Rank."})
+    lora_alpha: int = field(default=16, metadata={"help": "Scale of the adapter is alpha / r."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout inside the adapter."})
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Names of the layers that get an adapter. Default: all linear ones."}
+    )
+    lora_vision: bool = field(
+        default=False, metadata={"help": "Adapt the vision tower and the projector too; they are left out otherwise."}
+    )
+
+
+@dataclass
+class VLATrainingArguments(TrainingArguments):
+    """Transformers' TrainingArguments with the defaults of a policy."""
+
+    output_dir: str | None = field(default=None, metadata={"help": "Folder for the policy and its checkpoints."})
+    learning_rate: float | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "Default: 5e-4 with LoRA, 2e-5 without."}
+    )
+    freeze_vision: bool = field(
+        default=False, metadata={"help": "In full fine-tuning, keep the vision tower and the projector as they are."}
+    )
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "Train into a folder that is not empty."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Kept false: pictures are columns too."})
+    logging_steps: float = field(default=10, metadata={"help": "Steps between two lines of the log."})
+    report_to: str = field(default="none", metadata={"help": "Where to log: 'none', 'tensorboard', 'wandb', ..."})
+
+    def __post_init__(self):
+        self.label_names = ["labels"]
+        self.learning_rate = 2e-5 if self.learning_rate is None else self.learning_rate
+        super().__post_init__()

@@ -1,0 +1,81 @@
+"""From samples of a dataset to a batch: the prompt exactly as in use, then the tokens of the demonstrated chunk."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from hf_vla_actions.errors import DatasetError
+from hf_vla_actions.models import PromptBuilder
+
+IGNORED = -100
+
+
+class ActionCollator:
+    """Makes batches for teacher forcing.
+
+    Prompts are padded on the left, as for `generate`, so the action tokens of all rows stand in the same last
+    columns and only their logits need to be computed (`logits_to_keep`).
+
+    Args:
+        prompts: the policy's own PromptBuilder (`vla.prompts`).
+        unnorm_key: which statistics and action space the actions belong to.
+    """
+
+    def __init__(self, prompts: PromptBuilder, unnorm_key: str | None = None):
+        self.prompts = prompts
+        self.unnorm_key = prompts.config.resolve(unnorm_key)
+
+    def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Build a batch from samples of a `ChunkDataset`.
+
+        Returns:
+            The model's inputs with `labels` (batch, horizon * dof + 1): the ids of the action tokens and of the
+            closing token, -100 on steps that are padding; and `sample_ids` (batch, 2): episode and step of each row.
+        """
+        config = self.prompts.config
+        images = [sample["images"] for sample in samples] if self.prompts.family.takes_images else None
+        batch = self.prompts.build(images, [sample["instruction"] for sample in samples])
+        try:
+            ids = torch.stack([torch.from_numpy(config.encode(s["actions"], self.unnorm_key)) for s in samples])
+        except ValueError as error:
+            where = sorted({(s["episode"], s["step"]) for s in samples})
+            raise DatasetError(f"actions of the batch (episode, step) {where} cannot be encoded: {error}") from error
+        ends = ids.new_full((len(samples), 1), config.vocabulary.end_token_id)
+        action_tokens = torch.cat([ids, ends], dim=1)
+
+        mask = torch.stack([torch.as_tensor(sample["action_pad_mask"]) for sample in samples])
+        real = mask.repeat_interleave(ids.shape[1] // config.horizon, dim=1)
+        labels = torch.cat([torch.where(real, ids, IGNORED), ends], dim=1)
+
+        length = batch["input_ids"].shape
+        for name, value in batch.items():
+            if value.shape == length and value.dtype == torch.int64:
+                fill = {"input_ids": action_tokens, "attention_mask": torch.ones_like(action_tokens)}
+                batch[name] = torch.cat([value, fill.get(name, torch.zeros_like(action_tokens))], dim=1)
+        # As generate() counts them; the default would count the padding too.
+        batch["position_ids"] = (batch["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
+        return {
+            **batch,
+            "labels": labels,
+            "logits_to_keep": action_tokens.shape[1] + 1,
+            "sample_ids": torch.tensor([[sample["episode"], sample["step"]] for sample in samples]),
+        }
+
+
+def action_loss(outputs, labels: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:
+    """Cross entropy over action tokens and closing tokens.
+
+    Args:
+        outputs: model output with logits (batch, labels + 1 or more, vocabulary); the last position predicts nothing.
+        labels: (batch, horizon * dof + 1), -100 where ignored.
+        num_items_in_batch: labels of the whole step over all processes and accumulated batches; the sum is divided
+            by it, so that every token weighs the same however the step was split. None: the mean of this batch.
+    """
+    logits = outputs["logits"][:, -labels.shape[1] - 1 : -1].float()
+    total = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
+    )
+    return total / ((labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch)

@@ -1,0 +1,56 @@
+"""LoRA on a policy: linear layers of the language model, and the rows of the action tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from hf_vla_actions.errors import TrainingError
+from hf_vla_actions.models.families import family_of
+from hf_vla_actions.train.arguments import LoraArguments
+
+
+def add_lora(policy, args: LoraArguments) -> Any:
+    """Return a PeftModel around a policy.
+
+    The rows of the action tokens are trained in the input AND the output embeddings: an adapter that only knew the
+    input rows would leave the output rows of new tokens at random.
+
+    Args:
+        policy: model made by `to_vla`.
+        args: rank, alpha, dropout and targets.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    ids = policy.action_config.vocabulary.token_ids.tolist()
+    embeddings = (policy.get_input_embeddings(), policy.get_output_embeddings())
+    vision = family_of(policy.config).vision_modules
+    exclude = rf".*({'|'.join(vision)}).*" if vision and not args.lora_vision else None
+    try:
+        config = LoraConfig(
+            r=args.lora_r,
+            lora_alpha=args.lora_alpha,
+            lora_dropout=args.lora_dropout,
+            target_modules=args.lora_target_modules or "all-linear",
+            exclude_modules=exclude,
+            trainable_token_indices={_name_of(policy, layer): ids for layer in embeddings},
+        )
+        return get_peft_model(policy, config)
+    except ValueError as error:
+        raise TrainingError(f"no LoRA adapter can be made: {error}") from None
+
+
+def freeze_vision(policy) -> None:
+    """Keep the vision tower and the projector of a policy as they are."""
+    vision = family_of(policy.config).vision_modules
+    for name, parameter in policy.named_parameters():
+        if any(part in vision for part in name.split(".")):
+            parameter.requires_grad_(False)
+
+
+def _name_of(model: nn.Module, layer: nn.Module) -> str:
+    for name, module in model.named_modules():
+        if module is layer:
+            return name.rpartition(".")[2]
+    raise TrainingError(f"{type(model).__name__} has no separate embedding layer of type {type(layer).__name__}")

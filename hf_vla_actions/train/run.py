@@ -1,0 +1,110 @@
+"""Fine-tune a policy: the one piece of code behind the command, the demo and the notebooks."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Dataset, Subset
+from transformers.trainer_utils import get_last_checkpoint
+
+from hf_vla_actions.errors import TrainingError
+from hf_vla_actions.train.arguments import LoraArguments, VLATrainingArguments
+from hf_vla_actions.train.lora import add_lora, freeze_vision
+from hf_vla_actions.train.trainer import VLATrainer
+
+logger = logging.getLogger(__name__)
+TRAIN_SAMPLE = 64
+METRICS_FILE = "action_metrics.json"
+
+
+def fine_tune(
+    policy,
+    train_dataset,
+    args: VLATrainingArguments,
+    *,
+    lora: LoraArguments | None = None,
+    eval_dataset=None,
+    unnorm_key: str | None = None,
+    callbacks=None,
+) -> tuple[Any, dict[str, float]]:
+    """Train a policy and save it to `args.output_dir`, with its metrics in `action_metrics.json`.
+
+    Args:
+        policy: model made by `to_vla`; trained in place.
+        train_dataset: ChunkDataset.
+        args: as for Transformers' Trainer.
+        lora: train an adapter instead of all weights.
+        eval_dataset: ChunkDataset of held-out episodes.
+        unnorm_key: which statistics and action space the datasets belong to.
+        callbacks: for the Trainer.
+
+    Returns:
+        The trained model (a PeftModel with LoRA) and the metrics: those of held-out episodes start with `eval_`,
+        those of a sample of the training data with `train_`.
+    """
+    checkpoint = prepare_output(args)
+    model = policy
+    if lora is not None and lora.use_peft:
+        model = add_lora(policy, lora)
+    elif args.freeze_vision:
+        freeze_vision(policy)
+    model.config.use_cache = False
+    trainer = VLATrainer(
+        model,
+        args,
+        unnorm_key=unnorm_key,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        callbacks=callbacks,
+    )
+    trainer.train(resume_from_checkpoint=checkpoint)
+    metrics = {}
+    if eval_dataset is not None:
+        metrics.update(trainer.evaluate(eval_dataset, metric_key_prefix="eval"))
+    metrics.update(trainer.evaluate(_sample(train_dataset, args.seed), metric_key_prefix="train"))
+    model.config.use_cache = True
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        _write_json(Path(args.output_dir) / METRICS_FILE, metrics)
+    return model, metrics
+
+
+def prepare_output(args: VLATrainingArguments) -> str | None:
+    """Refuse a folder that would be overwritten; return the checkpoint to resume from, if any."""
+    if not args.output_dir:
+        raise TrainingError("nowhere to save the policy: pass --output_dir")
+    folder = Path(args.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise TrainingError(f"output_dir {folder} is a file")
+    resume = args.resume_from_checkpoint
+    if resume not in (None, False, "False", "false"):
+        last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+        if resume in (True, "True", "true"):
+            if last is None:
+                raise TrainingError(f"there is no checkpoint to resume from in {folder}")
+            return last
+        if not Path(resume).is_dir():
+            raise TrainingError(f"there is no checkpoint to resume from at {resume}")
+        return str(resume)
+    if folder.is_dir() and any(folder.iterdir()) and not args.overwrite_output_dir:
+        raise TrainingError(
+            f"output_dir {folder} is not empty: choose another, or pass --resume_from_checkpoint true to go on, or "
+            "--overwrite_output_dir to train anew"
+        )
+    return None
+
+
+def _sample(dataset, seed: int) -> Dataset:
+    rows = np.random.default_rng(seed).permutation(len(dataset))[:TRAIN_SAMPLE]
+    return Subset(dataset, sorted(rows.tolist()))
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(values, indent=1), encoding="utf-8")
+    os.replace(temporary, path)

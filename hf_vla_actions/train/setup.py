@@ -1,0 +1,135 @@
+"""From the options to the parts of a training run: dataset, action config, policy."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hf_vla_actions.actions import ActionSpace, ActionStats, Gripper, NormStats
+from hf_vla_actions.config import DEFAULT_PROMPT, ActionConfig
+from hf_vla_actions.config import FILE_NAME as ACTION_CONFIG_FILE
+from hf_vla_actions.data import ChunkDataset, LeRobotDataset
+from hf_vla_actions.errors import TrainingError
+from hf_vla_actions.models import load_model, to_vla
+from hf_vla_actions.models.families import family_of
+from hf_vla_actions.tokenizers import ActionVocabulary, UniformActionTokenizer
+from hf_vla_actions.train.arguments import DataArguments, ModelArguments
+
+logger = logging.getLogger(__name__)
+
+
+def open_dataset(args: DataArguments) -> LeRobotDataset:
+    """Open the dataset that the options name."""
+    return LeRobotDataset(args.dataset, cameras=args.cameras, action_key=args.action_key)
+
+
+def split_episodes(dataset: LeRobotDataset, eval_fraction: float, seed: int) -> tuple[list[int], list[int]]:
+    """Episodes to train on and to hold out; whole episodes, chosen by the seed."""
+    if not 0.0 <= eval_fraction < 1.0:
+        raise TrainingError(f"eval_fraction is a share from 0 to below 1, got {eval_fraction}")
+    indices = np.array([episode.index for episode in dataset.episodes])
+    n_held_out = int(np.ceil(eval_fraction * len(indices)))
+    if n_held_out >= len(indices):
+        raise TrainingError(
+            f"eval_fraction={eval_fraction} holds out all {len(indices)} episodes; nothing is left to train on"
+        )
+    shuffled = np.random.default_rng(seed).permutation(indices)
+    return sorted(shuffled[n_held_out:].tolist()), sorted(shuffled[:n_held_out].tolist())
+
+
+def chunk_datasets(dataset: LeRobotDataset, args: DataArguments, horizon: int, seed: int):
+    """The chunks to train on, and those of held-out episodes or None."""
+    train, held_out = split_episodes(dataset, args.eval_fraction, seed)
+    chunks = [
+        ChunkDataset(dataset, horizon, episodes=episodes, skip_first=args.skip_first) if episodes else None
+        for episodes in (train, held_out)
+    ]
+    return chunks[0], chunks[1]
+
+
+def space_of(dataset: LeRobotDataset, args: DataArguments) -> ActionSpace:
+    """The action space that the dataset and the options declare; what nobody says stays unknown."""
+    names = args.action_names or dataset.action_names
+    if names is None:
+        if args.action_units or args.action_kind or args.action_frame or args.gripper not in (None, "none"):
+            raise TrainingError(f"the dataset does not name its {dataset.dof} dimensions; pass --action_names")
+        return ActionSpace.unnamed(dataset.dof)
+    if len(names) != dataset.dof:
+        raise TrainingError(f"{len(names)} action_names {list(names)} for actions of {dataset.dof} dimensions")
+    units = None
+    if args.action_units is not None:
+        units = [None if unit.lower() == "none" else unit for unit in args.action_units]
+    gripper = _gripper(list(names), args)
+    delta: list[bool | None] = [None if args.action_kind is None else args.action_kind == "delta"] * len(names)
+    if gripper is not None and delta[0] is not None:
+        delta[ActionSpace(names).index(gripper.dim)] = False
+    return ActionSpace(names, units, tuple(delta), args.action_frame, gripper, float(dataset.fps))
+
+
+def _gripper(names: list[str], args: DataArguments) -> Gripper | None:
+    if args.gripper == "none" or (args.gripper is None and "gripper" not in names):
+        return None
+    dim = args.gripper or "gripper"
+    return Gripper(
+        names[int(dim)] if dim.isdigit() and int(dim) < len(names) else dim, args.gripper_open, args.gripper_closed
+    )
+
+
+def stats_of(dataset: LeRobotDataset, space: ActionSpace, episodes: list[int], mode: str) -> dict[str, Any]:
+    """An entry for NormStats from the actions and states of some episodes; the gripper is not normalized."""
+    rows = np.concatenate([np.arange(e.start, e.stop) for e in dataset.episodes if e.index in set(episodes)])
+    mask = np.ones(space.dof, dtype=bool)
+    if space.gripper is not None:
+        mask[space.index(space.gripper.dim)] = False
+    action = ActionStats.compute(dataset.actions[rows], mask=mask, mode=mode)
+    proprio = None if dataset.states is None else ActionStats.compute(dataset.states[rows], mode=mode)
+    return {"action": action, "proprio": proprio, "num_trajectories": len(episodes)}
+
+
+def load_policy(
+    model_args: ModelArguments, data_args: DataArguments, dataset: LeRobotDataset, seed: int
+) -> tuple[Any, str]:
+    """Load the model and make it a policy for the dataset; return it with its `unnorm_key`.
+
+    A checkpoint of a policy keeps its action tokens, prompt and horizon, and gains the statistics of the dataset.
+    """
+    key = data_args.unnorm_key or Path(data_args.dataset).resolve().name
+    space = space_of(dataset, data_args)
+    episodes, _ = split_episodes(dataset, data_args.eval_fraction, seed)
+    entry = stats_of(dataset, space, episodes, data_args.norm_mode)
+    options = {"dtype": model_args.dtype}
+    if model_args.attn_implementation:
+        options["attn_implementation"] = model_args.attn_implementation
+    model, processor = load_model(model_args.model_name_or_path, **options)
+    if (Path(model_args.model_name_or_path) / ACTION_CONFIG_FILE).is_file():
+        old = ActionConfig.from_pretrained(model_args.model_name_or_path)
+        if old.horizon != data_args.horizon:
+            raise TrainingError(
+                f"the policy predicts {old.horizon} actions at once, got --horizon {data_args.horizon}"
+            )
+        norm_stats = NormStats({**{k: old.norm_stats[k] for k in old.norm_stats}, key: entry})
+        config = replace(old, norm_stats=norm_stats, spaces={**old.spaces, key: space})
+    else:
+        tokenizer = processor.tokenizer if family_of(model.config).takes_images else processor
+        config = ActionConfig(
+            tokenizer=UniformActionTokenizer(
+                model_args.n_bins, "openvla" if model_args.action_layout == "tail" else "uniform"
+            ),
+            vocabulary=_vocabulary(tokenizer, model_args),
+            norm_stats=NormStats({key: entry}),
+            spaces={key: space},
+            horizon=data_args.horizon,
+            prompt=model_args.prompt or DEFAULT_PROMPT,
+        )
+    logger.info("actions of %r: %s", key, "; ".join(space.describe(i) for i in range(space.dof)))
+    return to_vla(model, processor, config), key
+
+
+def _vocabulary(tokenizer, args: ModelArguments) -> ActionVocabulary:
+    if args.action_layout == "tail":
+        return ActionVocabulary.tail(tokenizer, args.n_bins)
+    return ActionVocabulary.append(tokenizer, args.n_bins)

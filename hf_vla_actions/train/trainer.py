@@ -1,0 +1,112 @@
+"""Transformers' Trainer with the loss, the metrics and the checkpoints of a policy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import Trainer
+
+from hf_vla_actions.config import ActionConfig
+from hf_vla_actions.errors import TrainingError
+from hf_vla_actions.metrics import action_metrics, gripper_accuracy, token_accuracy
+from hf_vla_actions.models import ActionPredictionMixin, save_adapter
+from hf_vla_actions.train.collator import IGNORED, ActionCollator, action_loss
+
+
+class VLATrainer(Trainer):
+    """Trainer for a policy made by `to_vla`, or for a PEFT model around one.
+
+    Args:
+        model: what to train.
+        args: VLATrainingArguments (or TrainingArguments with `remove_unused_columns=False`).
+        unnorm_key: which statistics and action space the dataset belongs to.
+        kwargs: as for Trainer (`train_dataset`, `eval_dataset`, `callbacks`, ...).
+    """
+
+    def __init__(self, model, args, *, unnorm_key: str | None = None, **kwargs: Any):
+        policy = model if isinstance(model, ActionPredictionMixin) else model.get_base_model()
+        self.policy = policy
+        self.unnorm_key = policy.action_config.resolve(unnorm_key)
+        super().__init__(
+            model,
+            args,
+            data_collator=ActionCollator(policy.prompts, self.unnorm_key),
+            compute_loss_func=action_loss,
+            compute_metrics=self._metrics,
+            preprocess_logits_for_metrics=self._codes,
+            **kwargs,
+        )
+        # Only the logits are looked at; Trainer would gather every tensor of the output.
+        self._ids = torch.as_tensor(policy.action_config.vocabulary.token_ids)
+
+    def training_step(self, model, inputs, *args, **kwargs) -> torch.Tensor:
+        """One step; a loss that is not finite raises and names the samples, before the weights change."""
+        sample_ids = inputs.pop("sample_ids")
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        if not torch.isfinite(loss):
+            samples = [tuple(pair) for pair in sample_ids.tolist()]
+            raise TrainingError(
+                f"the loss is {loss.item()} at step {self.state.global_step} for the batch of (episode, step) "
+                f"{samples}; the weights were not changed. Lower the learning rate or look at these samples"
+            )
+        return loss
+
+    def prediction_step(self, model, inputs, *args, **kwargs):
+        """One step of evaluation."""
+        inputs = {name: value for name, value in inputs.items() if name != "sample_ids"}
+        kwargs.setdefault("ignore_keys", None)
+        return super().prediction_step(model, inputs, *args, **kwargs)
+
+    def _codes(self, logits, labels: torch.Tensor) -> torch.Tensor:
+        """(batch, horizon * dof) most likely code of each action token, given the demonstrated ones before it."""
+        logits = logits[0] if isinstance(logits, tuple) else logits
+        wanted = logits[:, -labels.shape[1] - 1 : -2]
+        return wanted[..., self._ids.to(wanted.device)].argmax(dim=-1)
+
+    def _metrics(self, prediction) -> dict[str, float]:
+        return chunk_metrics(
+            self.policy.action_config, self.unnorm_key, prediction.predictions, prediction.label_ids[:, :-1]
+        )
+
+    def _save(self, output_dir: str | None = None, state_dict=None) -> None:
+        if self.policy is self.accelerator.unwrap_model(self.model):
+            super()._save(output_dir, state_dict)
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        save_adapter(self.accelerator.unwrap_model(self.model), folder)
+        torch.save(self.args, folder / "training_args.bin")
+
+
+def chunk_metrics(config: ActionConfig, unnorm_key: str, codes: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """Metrics of teacher-forced predictions.
+
+    Args:
+        config: turns codes and ids into actions.
+        unnorm_key: which statistics and action space.
+        codes: (n, horizon * dof) predicted codes.
+        labels: (n, horizon * dof) demonstrated token ids, -100 on padding.
+
+    Returns:
+        Token accuracy, L1 in normalized units and in real units per dimension (`l1/x` is in the unit of x), and the
+        accuracy of the gripper's state where the space names one.
+    """
+    space = config.space(unnorm_key)
+    chunk = (len(labels), config.horizon, space.dof)
+    pad_mask = (labels.reshape(chunk) != IGNORED).all(axis=-1)
+    ids = np.where(labels == IGNORED, config.vocabulary.token_ids[0], labels)
+    true_normalized, true_actions = config.decode(ids, unnorm_key)
+    normalized, actions = config.decode(config.vocabulary.to_ids(codes), unnorm_key)
+    true_codes = config.vocabulary.to_codes(ids).reshape(chunk)
+    metrics = {
+        **token_accuracy(codes.reshape(chunk), true_codes, pad_mask, space.names),
+        **action_metrics(normalized, true_normalized, pad_mask, space.names, "l1_normalized"),
+        **action_metrics(actions, true_actions, pad_mask, space.names, "l1"),
+    }
+    if space.gripper is not None:
+        dim = space.index(space.gripper.dim)
+        states = (space.gripper.open, space.gripper.closed)
+        metrics.update(gripper_accuracy(actions[..., dim], true_actions[..., dim], pad_mask, *states))
+    return metrics
