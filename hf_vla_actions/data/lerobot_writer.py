@@ -368,7 +368,8 @@ def _full_name(camera: str) -> str:
 
 def _vectors(what: str, values: np.ndarray, names: Sequence[str], steps: int | None = None) -> np.ndarray:
     """Check (steps, len(names)) finite numbers and return them as float32."""
-    vectors = np.asarray(values, dtype=np.float32)
+    with np.errstate(over="ignore"):  # what float32 cannot hold is infinite then, and refused below
+        vectors = np.asarray(values, dtype=np.float32)
     expected = f"({steps or 'steps'}, {len(names)})"
     if vectors.ndim != 2 or vectors.shape[1] != len(names) or len(vectors) != (steps or len(vectors)):
         raise DatasetError(f"{what} must have shape {expected}, one column each of {list(names)}; got {vectors.shape}")

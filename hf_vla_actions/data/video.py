@@ -47,7 +47,9 @@ class VideoReader:
         if not self._container.streams.video:
             raise DatasetError(f"{self.path} has no video stream")
         self._stream = self._container.streams.video[0]
-        self._stream.codec_context.thread_count = 1  # a decoder without threads survives a fork
+        # No threads here nor in `to_image`: a forked DataLoader worker that frees its parent's decoder or frames would
+        # wait forever for threads that were not forked with it.
+        self._stream.codec_context.thread_count = 1
         self._frames: Iterator[Any] = iter(())
         self._recent: deque[Any] = deque(maxlen=4)  # consecutive decoded frames
 
@@ -76,7 +78,7 @@ class VideoReader:
                 f"{self.path} has no frame within {tolerance:.4f} s of {seconds:.4f} s; the nearest is at "
                 f"{nearest.time:.4f} s: the video is cut short or does not belong to this dataset"
             )
-        return nearest.to_image()
+        return nearest.to_image(threads=1)
 
     def close(self) -> None:
         """Close the file."""
@@ -136,6 +138,7 @@ class VideoWriter:
         self.path = Path(path)
         self.fps = fps
         self.n_frames = 0
+        self.size = 0  # bytes encoded so far; the encoder may still hold some frames
         self._frame_type = av.VideoFrame
         self._container = av.open(str(path), mode="w")
         rate = Fraction(fps).limit_denominator(100_000)
@@ -147,7 +150,9 @@ class VideoWriter:
         """Add one picture, (height, width, 3) uint8 RGB, at time `n_frames / fps`."""
         frame = self._frame_type.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
         frame.pts = self.n_frames
-        self._container.mux(self._stream.encode(frame))
+        packets = self._stream.encode(frame)
+        self.size += sum(packet.size for packet in packets)
+        self._container.mux(packets)
         self.n_frames += 1
 
     def close(self) -> None:
@@ -184,7 +189,7 @@ class VideoSeries:
         for picture in pictures:
             self._file.append(np.asarray(picture))
         last = self._file.n_frames
-        if path.stat().st_size >= self.size_in_mb * 1e6:
+        if self._file.size >= self.size_in_mb * 1e6:
             self.close()
         return number, first / self.fps, last / self.fps
 
