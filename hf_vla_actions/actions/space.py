@@ -69,7 +69,7 @@ class ActionSpace:
         self,
         names,
         units=None,
-        delta: bool | None | tuple[bool | None, ...] = None,
+        delta: bool | tuple[bool | None, ...] | None = None,
         frame: str | None = None,
         gripper: Gripper | None = None,
         rate_hz: float | None = None,

@@ -1,0 +1,47 @@
+"""`hf-vla`: hands over to the `main()` of each room."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+COMMANDS = {
+    "demo": ("hf_vla_actions.demo.__main__", "learn a small task from nothing, obey limits, in minutes on any machine"),
+    "train": ("hf_vla_actions.train.__main__", "fine-tune a model on a LeRobotDataset (one process; see --help)"),
+    "predict": ("hf_vla_actions.models.predict", "print the action of a policy for one frame, free and constrained"),
+}
+
+
+def usage() -> str:
+    """The help text."""
+    lines = [f"  {name:<10}{what}" for name, (_, what) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: hf-vla COMMAND [OPTIONS]",
+            "",
+            "Robot policies from vision-language models, with commands that respect the robot's limits.",
+            "",
+            *lines,
+            "",
+            "example:",
+            "  hf-vla demo --output_dir outputs/demo",
+            "",
+            "hf-vla COMMAND --help shows the options of a command with an example.",
+        ]
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; unknown ones end with one line and exit status 2."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        sys.stdout.write(usage() + "\n")
+        return 0 if argv else 2
+    if argv[0] not in COMMANDS:
+        sys.stderr.write(f"error: no command {argv[0]!r}; there are {sorted(COMMANDS)} (hf-vla --help)\n")
+        return 2
+    return importlib.import_module(COMMANDS[argv[0]][0]).main(argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,113 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from hf_vla_actions.actions import ActionStats
+from hf_vla_actions.errors import StatsError
+
+finite = st.floats(-1e3, 1e3, allow_nan=False)
+
+
+@given(rows=arrays(np.float64, (9, 3), elements=finite), mode=st.sampled_from(["bounds_q99", "bounds", "normal"]))
+def test_unnormalize_undoes_normalize_inside_the_bounds(rows, mode):
+    stats = ActionStats.compute(rows, mask=[True, True, False], mode=mode)
+    low, high = {"bounds_q99": (stats.q01, stats.q99), "bounds": (stats.min, stats.max)}.get(mode, (rows.min(0), rows.max(0)))
+    x = np.clip(rows, low, high)
+    x[:, 2] = rows[:, 2]
+    x[:, stats.constant] = (stats.mean if mode == "normal" else low)[stats.constant]
+    np.testing.assert_allclose(stats.unnormalize(stats.normalize(x)), x, atol=1e-9, rtol=1e-9)
+
+
+def test_openvla_rules_on_a_small_example():
+    stats = ActionStats(q01=[-0.1, 2.0, 0.0], q99=[0.3, 2.0, 1.0], mask=[True, True, False])
+    normalized = stats.normalize([[0.1, 2.0, 1.0], [9.0, 5.0, 0.4], [-9.0, 2.0, 0.0]])
+    assert normalized.tolist() == [[0.0, 0.0, 1.0], [1.0, 0.0, 0.4], [-1.0, 0.0, 0.0]]
+    # A constant dimension comes back as its constant whatever a model says; a masked one passes through.
+    actions = stats.unnormalize([[1.0, 0.7, 0.7], [-1.0, -1.0, 0.2]])
+    np.testing.assert_allclose(actions, [[0.3, 2.0, 0.7], [-0.1, 2.0, 0.2]], rtol=1e-15)
+
+
+def test_unnormalize_is_openvlas_formula_on_real_statistics(shared):
+    from hf_vla_actions.actions import NormStats
+
+    for name in ("bridge", "google"):
+        stats = NormStats.from_file(shared / f"data/norm_stats/robovlms_{name}.json", key=name)[name]["action"]
+        x = np.random.default_rng(0).uniform(-1, 1, (50, 7))
+        expected = 0.5 * (x + 1) * (stats.q99 - stats.q01) + stats.q01
+        np.testing.assert_array_equal(stats.unnormalize(x), expected)
+
+
+def test_modes_use_their_own_fields():
+    fields = {"mean": [1.0], "std": [2.0], "min": [-4.0], "max": [4.0], "q01": [0.0], "q99": [2.0]}
+    found = {m: ActionStats(**fields, mode=m).normalize([2.0])[0] for m in ("normal", "bounds", "bounds_q99")}
+    assert found == {"normal": 0.5, "bounds": 0.5, "bounds_q99": 1.0}
+    assert ActionStats(**fields, mode="normal").normalize([9.0])[0] == 4.0, "z-scores are not clipped"
+
+
+def test_compute_gives_true_quantiles_of_all_rows():
+    rows = np.random.default_rng(1).normal(size=(40, 25, 2))
+    stats = ActionStats.compute(rows)
+    np.testing.assert_allclose(stats.q99, np.quantile(rows.reshape(-1, 2), 0.99, axis=0))
+    assert (stats.count, stats.dof) == (1000, 2)
+
+
+def test_compute_matches_the_real_sample(shared):
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(shared / "data/bridge_sample/data/chunk-000/file-000.parquet", columns=["action"])
+    stats = ActionStats.compute(np.array(table["action"].to_pylist(), dtype=np.float32))
+    np.testing.assert_allclose(stats.q01[:3], [-0.01751, -0.02121, -0.01869], atol=5e-6)
+    np.testing.assert_allclose(stats.q99[3:6], [0.05193, 0.04507, 0.05122], atol=5e-6)
+    np.testing.assert_allclose(stats.std[6], 0.43055, atol=5e-6)
+
+
+def test_from_ranges_maps_the_robots_limits_to_one():
+    stats = ActionStats.from_ranges([-0.05, 0.0], [0.05, 1.0], mask=[True, False])
+    assert stats.normalize([0.05, 1.0]).tolist() == [1.0, 1.0]
+    assert stats.unnormalize([-1.0, 0.3]).tolist() == [-0.05, 0.3]
+
+
+def test_json_round_trip():
+    stats = ActionStats.compute(np.random.default_rng(0).normal(size=(30, 4)), mask=[True, True, True, False])
+    assert ActionStats.from_dict(stats.to_dict()) == stats
+    assert ActionStats.from_ranges([0], [1]) != ActionStats.from_ranges([0], [2])
+
+
+def test_octos_names_of_the_quantiles_are_read():
+    assert ActionStats.from_dict({"p01": [0.0], "p99": [2.0]}).unnormalize([0.0]).tolist() == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({}, "needs"),
+        ({"q01": [0.0]}, r"needs \['q99'\]"),
+        ({"q01": [0.0], "q99": [1.0, 2.0]}, "different sizes"),
+        ({"q01": [0.0], "q99": [1.0], "mask": [True, True]}, "different sizes"),
+        ({"q01": [2.0], "q99": [1.0]}, r"above q99 in dimensions \[0\]"),
+        ({"q01": [float("nan")], "q99": [1.0]}, "NaN"),
+        ({"q01": ["a"], "q99": [1.0]}, "list of numbers"),
+        ({"q01": [[0.0]], "q99": [1.0]}, "shape"),
+        ({"q01": [0.0], "q99": [1.0], "mode": "max"}, "mode"),
+        ({"mean": [0.0], "std": [-1.0], "mode": "normal"}, "negative"),
+    ],
+)
+def test_malformed_statistics_raise(fields, message):
+    with pytest.raises(StatsError, match=message):
+        ActionStats(**fields)
+
+
+@pytest.mark.parametrize("bad", [[0.0, 1.0], [[0.0], [float("inf")]], 3.0])
+def test_values_that_do_not_fit_raise(bad):
+    stats = ActionStats(q01=[0.0], q99=[1.0])
+    with pytest.raises(StatsError):
+        stats.normalize(bad)
+    with pytest.raises(StatsError):
+        stats.unnormalize(bad)
+
+
+def test_empty_data_raises():
+    with pytest.raises(StatsError, match="rows"):
+        ActionStats.compute(np.zeros((0, 7)))

@@ -1,0 +1,101 @@
+import numpy as np
+import pytest
+from tiny import tiny_tokenizer
+from transformers import AutoTokenizer
+
+from hf_vla_actions import ActionVocabulary
+from hf_vla_actions.errors import ActionTokenError
+
+
+def test_append_puts_256_new_ids_behind_the_vocabulary():
+    tokenizer = tiny_tokenizer()
+    size = len(tokenizer)
+    vocabulary = ActionVocabulary.append(tokenizer, 256)
+    assert vocabulary.token_ids.tolist() == list(range(size, size + 256))
+    assert tokenizer.convert_ids_to_tokens(size + 255) == "<act_255>"
+
+
+def test_consecutive_action_tokens_are_single_ids_without_spaces():
+    tokenizer = tiny_tokenizer()
+    vocabulary = ActionVocabulary.append(tokenizer)
+    ids = vocabulary.to_ids([3, 3, 255, 0]).tolist()
+    text = "<act_003><act_003><act_255><act_000>"
+    assert tokenizer(text, add_special_tokens=False)["input_ids"] == ids
+    assert tokenizer("Out:" + text, add_special_tokens=False)["input_ids"][-4:] == ids
+    assert tokenizer.decode(ids, skip_special_tokens=True) == text
+
+
+def test_plain_add_tokens_shatters_them_which_is_why_append_does_not_use_it():
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens([f"<act_{i:03d}>" for i in range(256)])
+    assert len(tokenizer("Out:<act_003><act_004>", add_special_tokens=False)["input_ids"]) > 6
+
+
+def test_saved_tokenizer_gives_the_same_map_again(tmp_path):
+    tokenizer = tiny_tokenizer()
+    vocabulary = ActionVocabulary.append(tokenizer)
+    tokenizer.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    vocabulary.check(loaded)
+    assert ActionVocabulary.append(loaded) == vocabulary
+    assert len(loaded) == len(tokenizer)
+
+
+def test_tail_is_openvlas_layout():
+    tokenizer = tiny_tokenizer()
+    base = tokenizer.vocab_size
+    tokenizer.add_tokens(["<pad_2>"])
+    vocabulary = ActionVocabulary.tail(tokenizer, 256)
+    assert vocabulary.to_ids([0, 255]).tolist() == [base - 1, base - 256]
+    vocabulary.check(tokenizer)
+
+
+@pytest.mark.parametrize("layout", ["append", "tail"])
+def test_ids_and_codes_are_inverse_and_survive_json(layout):
+    vocabulary = getattr(ActionVocabulary, layout)(tiny_tokenizer(), 64)
+    codes = np.random.default_rng(0).integers(0, 64, (2, 5, 7))
+    np.testing.assert_array_equal(vocabulary.to_codes(vocabulary.to_ids(codes)), codes)
+    assert ActionVocabulary.from_dict(vocabulary.to_dict()) == vocabulary
+
+
+def test_any_other_id_raises_instead_of_becoming_an_action():
+    vocabulary = ActionVocabulary.append(tiny_tokenizer(), 256)
+    first, last = vocabulary.token_ids[0], vocabulary.token_ids[-1]
+    for stranger in (0, 2, first - 1, last + 1, last + 64, -1):
+        with pytest.raises(ActionTokenError, match="no action tokens"):
+            vocabulary.to_codes([first, stranger])
+    with pytest.raises(ActionTokenError, match="whole numbers"):
+        vocabulary.to_codes([1.0])
+
+
+@pytest.mark.parametrize("codes", [[256], [-1], [0.5]])
+def test_unknown_code_raises(codes):
+    with pytest.raises(ActionTokenError, match="0 to 255"):
+        ActionVocabulary.append(tiny_tokenizer()).to_ids(codes)
+
+
+def test_tokenizer_of_another_model_raises():
+    vocabulary = ActionVocabulary.append(tiny_tokenizer(), 256)
+    with pytest.raises(ActionTokenError, match="does not belong"):
+        vocabulary.check(tiny_tokenizer())
+
+
+def test_other_number_of_action_tokens_raises():
+    tokenizer = tiny_tokenizer()
+    ActionVocabulary.append(tokenizer, 64)
+    for n_codes in (63, 65):
+        with pytest.raises(ActionTokenError, match="not exactly"):
+            ActionVocabulary.append(tokenizer, n_codes)
+
+
+def test_tokenizer_without_end_raises():
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = None
+    with pytest.raises(ActionTokenError, match="end-of-sequence"):
+        ActionVocabulary.append(tokenizer)
+
+
+@pytest.mark.parametrize("ids", [[], [3, 3], [-1, 2], [[1, 2]]])
+def test_impossible_map_raises(ids):
+    with pytest.raises(ActionTokenError):
+        ActionVocabulary(np.array(ids), 2, "append", tuple("ab"[: len(ids)]))
