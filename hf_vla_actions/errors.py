@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
+from functools import partial
 
 
 class VLAActionsError(ValueError):
@@ -33,6 +34,58 @@ class ActionTokenError(VLAActionsError):
 
 class ConstraintError(VLAActionsError):
     """A constraint that is malformed or does not fit the action space."""
+
+
+class InfeasibleConstraintError(ConstraintError):
+    """Constraints that no action can satisfy, found before the first forward pass.
+
+    Every argument is kept as an attribute of the same name; the message is made from them.
+
+    Args:
+        sample: index within the batch.
+        step: index within the horizon.
+        dim: the dimension in words, as `ActionSpace.describe` puts it.
+        names: texts of the constraints involved: one, or the smallest set that cannot hold together.
+        wanted: text of the values wanted.
+        reachable: lowest and highest value that can be produced, in real units.
+        nearest: the reachable value closest to what is wanted; None where the constraints contradict each other.
+        bin_width: distance of neighboring values of the token grid; None where there is no grid.
+        unit: unit of all these numbers; None where the number has none.
+        suggestion: what to do.
+    """
+
+    def __init__(
+        self,
+        *,
+        sample: int,
+        step: int,
+        dim: str,
+        names: tuple[str, ...],
+        wanted: str,
+        reachable: tuple[float, float],
+        nearest: float | None,
+        bin_width: float | None,
+        unit: str | None,
+        suggestion: str,
+    ):
+        self.sample, self.step, self.dim, self.names = sample, step, dim, tuple(names)
+        self.wanted, self.reachable, self.nearest = wanted, reachable, nearest
+        self.bin_width, self.unit, self.suggestion = bin_width, unit, suggestion
+        u = f" {unit}" if unit else ""
+        what = " and ".join(self.names) + (" cannot hold together" if len(self.names) > 1 else " cannot be satisfied")
+        facts = [
+            f"wanted {wanted}{u if wanted != 'nothing' else ''}",
+            f"reachable {reachable[0]:.6g}..{reachable[1]:.6g}{u}",
+        ]
+        if bin_width is not None:
+            facts.append(f"bins {bin_width:.3g}{u} wide")
+        if nearest is not None:
+            facts.append(f"nearest reachable value {nearest:.6g}{u}")
+        super().__init__(f"{what} in {dim}, sample {sample}, step {step}: {', '.join(facts)}. {suggestion}")
+
+    def __reduce__(self):
+        # Keyword-only arguments would be lost on the way to another process.
+        return partial(type(self), **self.__dict__), ()
 
 
 class DatasetError(VLAActionsError):
