@@ -60,6 +60,7 @@ class ActionCollator:
         return {
             **batch,
             "labels": labels,
+            "use_cache": False,
             "logits_to_keep": action_tokens.shape[1] + 1,
             "sample_ids": torch.tensor([[sample["episode"], sample["step"]] for sample in samples]),
         }

@@ -53,7 +53,6 @@ def fine_tune(
         model = add_lora(policy, lora)
     elif args.freeze_vision:
         freeze_vision(policy)
-    model.config.use_cache = False
     trainer = VLATrainer(
         model,
         args,
@@ -63,11 +62,10 @@ def fine_tune(
         callbacks=callbacks,
     )
     trainer.train(resume_from_checkpoint=checkpoint)
-    metrics = {}
+    metrics: dict[str, float] = {"world_size": args.world_size}
     if eval_dataset is not None:
         metrics.update(trainer.evaluate(eval_dataset, metric_key_prefix="eval"))
     metrics.update(trainer.evaluate(_sample(train_dataset, args.seed), metric_key_prefix="train"))
-    model.config.use_cache = True
     trainer.save_model()
     if trainer.is_world_process_zero():
         _write_json(Path(args.output_dir) / METRICS_FILE, metrics)

@@ -40,7 +40,7 @@ class VLATrainer(Trainer):
             **kwargs,
         )
         # Only the logits are looked at; Trainer would gather every tensor of the output.
-        self._ids = torch.as_tensor(policy.action_config.vocabulary.token_ids)
+        self._ids = torch.tensor(policy.action_config.vocabulary.token_ids.tolist())
 
     def training_step(self, model, inputs, *args, **kwargs) -> torch.Tensor:
         """One step; a loss that is not finite raises and names the samples, before the weights change."""
@@ -75,9 +75,7 @@ class VLATrainer(Trainer):
         if self.policy is self.accelerator.unwrap_model(self.model):
             super()._save(output_dir, state_dict)
             return
-        folder = Path(output_dir or self.args.output_dir)
-        save_adapter(self.accelerator.unwrap_model(self.model), folder)
-        torch.save(self.args, folder / "training_args.bin")
+        save_adapter(self.accelerator.unwrap_model(self.model), Path(output_dir or self.args.output_dir))
 
 
 def chunk_metrics(config: ActionConfig, unnorm_key: str, codes: np.ndarray, labels: np.ndarray) -> dict[str, float]:

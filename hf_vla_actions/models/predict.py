@@ -1,0 +1,105 @@
+"""`hf-vla predict`: the action of a policy for one frame, free and constrained."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+import numpy as np
+
+from hf_vla_actions.constraints.text import parse_constraints
+from hf_vla_actions.errors import VLAActionsError, one_line_errors
+from hf_vla_actions.models.auto import AutoModelForActionPrediction
+from hf_vla_actions.models.mixin import MODES
+
+EPILOG = """\
+example:
+  hf-vla predict --policy ./policy --dataset ./my_robot --episode 0 --step 3 \\
+    --constraints "Range(x, -0.005, 0.005); Fix(gripper, open)"
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options."""
+    options = argparse.ArgumentParser(
+        prog="hf-vla predict",
+        description="Print the action of a policy for one frame of a dataset, or for a picture file.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    options.add_argument("--policy", required=True, help="folder or Hub repository of a policy or of an adapter")
+    options.add_argument("--dataset", help="LeRobotDataset v3.0 to take the frame from")
+    options.add_argument("--episode", type=int, default=0, help="episode of the dataset (default: %(default)s)")
+    options.add_argument("--step", type=int, default=0, help="step within the episode (default: %(default)s)")
+    options.add_argument("--cameras", nargs="+", help="cameras, as in training (default: all)")
+    options.add_argument("--image", nargs="+", help="picture files instead of a dataset, one a camera")
+    options.add_argument("--instruction", help="what to do; needed with --image (default: that of the episode)")
+    options.add_argument("--unnorm_key", help="which statistics; may be left out if the policy has one")
+    options.add_argument("--constraints", help="in real units, such as 'Range(x, -0.005, 0.005); Fix(gripper, open)'")
+    options.add_argument("--mode", choices=MODES, default="project", help="how they are kept (default: %(default)s)")
+    return options
+
+
+@one_line_errors
+def main(argv: list[str] | None = None) -> int:
+    """Load the policy, predict for one frame, print a table."""
+    args = parser().parse_args(argv)
+    constraints = parse_constraints(args.constraints) if args.constraints else None
+    images, instruction, demonstrated = _frame(args)
+    policy = AutoModelForActionPrediction.from_pretrained(args.policy)
+    config = policy.action_config
+    key = config.resolve(args.unnorm_key)
+    inputs = policy.prepare(images if policy.prompts.family.takes_images else None, instruction)
+    columns = {"free": policy.predict_action(**inputs, unnorm_key=key)[0]}
+    if constraints is not None:
+        columns[args.mode] = policy.predict_action(
+            **inputs, unnorm_key=key, constraints=constraints, mode=args.mode
+        )[0]
+    sys.stdout.write(f"instruction: {instruction}\nunnorm_key:  {key}\n")
+    if constraints is not None:
+        sys.stdout.write(f"constraints: {'; '.join(map(str, constraints))}\n")
+    if demonstrated is not None:
+        columns["demonstrated"] = demonstrated[: config.horizon]
+    sys.stdout.write(table(config.space(key), columns))
+    return 0
+
+
+def table(space, columns: dict[str, np.ndarray]) -> str:
+    """Chunks (horizon, dof) side by side, a line for each step and dimension."""
+    lines = [f"{'step':>4}  {'dimension':<12}{'unit':<6}" + "".join(f"{name:>14}" for name in columns)]
+    for step in range(max(len(chunk) for chunk in columns.values())):
+        for dim, name in enumerate(space.names):
+            cells = (f"{chunk[step, dim]:>14.5f}" if step < len(chunk) else f"{'':>14}" for chunk in columns.values())
+            lines.append(f"{step:>4}  {name:<12}{space.units[dim] or '-':<6}" + "".join(cells))
+    return "\n".join(lines) + "\n"
+
+
+def _frame(args: argparse.Namespace) -> tuple[list[Any], str, np.ndarray | None]:
+    if (args.dataset is None) == (args.image is None):
+        raise VLAActionsError("pass either --dataset or --image")
+    if args.image is not None:
+        from PIL import Image, UnidentifiedImageError
+
+        if args.instruction is None:
+            raise VLAActionsError("--image needs --instruction")
+        try:
+            return [Image.open(file).convert("RGB") for file in args.image], args.instruction, None
+        except (OSError, UnidentifiedImageError) as error:
+            raise VLAActionsError(f"no picture can be read: {error}") from None
+    from hf_vla_actions.data import LeRobotDataset
+
+    dataset = LeRobotDataset(args.dataset, cameras=args.cameras)
+    episodes = {episode.index: episode for episode in dataset.episodes}
+    if args.episode not in episodes:
+        raise VLAActionsError(f"episode {args.episode} is not among the {len(episodes)} episodes of {args.dataset}")
+    episode = episodes[args.episode]
+    if not 0 <= args.step < len(episode):
+        raise VLAActionsError(f"step {args.step} is outside episode {args.episode}, which has {len(episode)} steps")
+    row = episode.start + args.step
+    images = [dataset.frame(row, camera) for camera in dataset.cameras]
+    return images, args.instruction or dataset.instruction(row), dataset.actions[row : episode.stop]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

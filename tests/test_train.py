@@ -1,0 +1,359 @@
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from tiny import INSTRUCTIONS, NAMES, picture, tiny_llama, tiny_llava, tiny_tokenizer
+
+from hf_vla_actions import AutoModelForActionPrediction
+from hf_vla_actions.data import ChunkDataset, LeRobotDataset
+from hf_vla_actions.data.lerobot_writer import LeRobotWriter
+from hf_vla_actions.demo.tiny_vlm import build_vlm
+from hf_vla_actions.errors import TrainingError, VLAActionsError
+from hf_vla_actions.models import load_model
+from hf_vla_actions.train import ActionCollator, LoraArguments, VLATrainingArguments, add_lora, fine_tune
+from hf_vla_actions.train.__main__ import main
+from hf_vla_actions.train.arguments import DataArguments, ModelArguments
+from hf_vla_actions.train.collator import action_loss
+from hf_vla_actions.train.setup import chunk_datasets, load_policy, open_dataset, split_episodes
+
+LOW = np.array([-0.02, -0.03, -0.02, 0.0, -0.1, -0.2, 0.0])
+HIGH = np.array([0.02, 0.03, 0.02, 0.0, 0.1, 0.2, 1.0])
+SEVEN = ["--action_units", *"m m m rad rad rad none".split(), "--action_kind", "delta", "--action_frame", "base"]
+
+
+def write_dataset(folder, *, episodes=4, steps=6, names=NAMES):
+    rng = np.random.default_rng(0)
+    with LeRobotWriter(folder, fps=5, robot_type="test", action_names=names, image_shapes={"top": (48, 48, 3)}) as writer:
+        for episode in range(episodes):
+            actions = rng.uniform(LOW, HIGH, (steps, 7))[:, : len(names)]
+            if "gripper" in names:
+                actions[:, -1] = np.round(actions[:, -1])
+            frames = [picture(100 * episode + step) for step in range(steps)]
+            writer.add_episode(INSTRUCTIONS[episode % 2], actions, {"top": frames})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def dataset_folder(tmp_path_factory):
+    return write_dataset(tmp_path_factory.mktemp("data") / "robot")
+
+
+@pytest.fixture(scope="session")
+def base_folder(tmp_path_factory):
+    """A native LLaVA as it comes from the Hub: no action tokens yet."""
+    folder = tmp_path_factory.mktemp("base") / "llava"
+    model, processor = build_vlm(tiny_tokenizer(), seed=3)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def chunks(dataset_folder):
+    return ChunkDataset(LeRobotDataset(dataset_folder), 2)
+
+
+def arguments(folder, **kwargs):
+    options = {"use_cpu": True, "per_device_train_batch_size": 4, "max_steps": 2, "save_strategy": "no"}
+    return VLATrainingArguments(output_dir=str(folder), **{**options, "disable_tqdm": True, **kwargs})
+
+
+@pytest.mark.parametrize("make", [tiny_llava, tiny_llama])
+def test_prompt_in_training_is_the_prompt_in_use(make, chunks):
+    policy = make(horizon=2)
+    samples = [chunks[0], chunks[7], chunks[13]]
+    batch = ActionCollator(policy.prompts)(samples)
+    images = [s["images"] for s in samples] if make is tiny_llava else None
+    inputs = policy.prepare(images, [s["instruction"] for s in samples])
+    length = inputs["input_ids"].shape[1]
+    for name, value in inputs.items():
+        expected = batch[name][:, :length] if value.ndim == 2 else batch[name]
+        assert torch.equal(expected, value), name
+    assert torch.equal(
+        batch["input_ids"][:, length:-1], torch.tensor(policy.action_config.encode([s["actions"] for s in samples]))
+    )
+
+
+def test_labels_are_action_tokens_and_the_closing_token_only(chunks):
+    policy = tiny_llava(horizon=2)
+    vocabulary = policy.action_config.vocabulary
+    batch = ActionCollator(policy.prompts)([chunks[4], chunks[5]])
+    assert batch["labels"].shape == (2, 15)
+    assert batch["labels"][:, -1].tolist() == [vocabulary.end_token_id] * 2
+    vocabulary.to_codes(batch["labels"][0, :14].numpy())
+    assert (batch["labels"][1, 7:14] == -100).all(), "the step past the episode's end is no target"
+    assert (batch["labels"][1, :7] != -100).all()
+    assert batch["sample_ids"].tolist() == [[0, 4], [0, 5]]
+
+
+def test_loss_is_that_of_the_native_model(chunks):
+    policy = tiny_llava(horizon=2)
+    batch = ActionCollator(policy.prompts)([chunks[0], chunks[11], chunks[13]])
+    labels, _ = batch.pop("labels"), batch.pop("sample_ids")
+    keep = batch.pop("logits_to_keep")
+    full = torch.cat([torch.full((3, batch["input_ids"].shape[1] - 15), -100), labels], dim=1)
+    with torch.no_grad():
+        expected = policy(**batch, labels=full).loss
+        found = action_loss(policy(**batch, logits_to_keep=keep), labels)
+        halved = action_loss(policy(**batch, logits_to_keep=keep), labels, 2 * (labels != -100).sum())
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(halved, expected / 2)
+
+
+@pytest.mark.parametrize("make", [tiny_llava, tiny_llama])
+def test_full_fine_tuning_learns_a_batch_saves_and_loads(make, chunks, tmp_path):
+    policy = make(horizon=2)
+    few = torch.utils.data.Subset(chunks, [0, 8])
+    args = arguments(tmp_path / "out", max_steps=60, learning_rate=3e-3, lr_scheduler_type="constant", freeze_vision=True)
+    vision = {n: p.clone() for n, p in policy.named_parameters() if "vision_tower" in n}
+    _, metrics = fine_tune(policy, few, args)
+    assert metrics["train_token_accuracy"] >= 0.95
+    assert metrics["train_l1/x"] < 0.002
+    assert {"train_gripper_accuracy", "train_token_accuracy/yaw", "train_l1_normalized/z"} <= set(metrics)
+    assert all(torch.equal(p, vision[n]) for n, p in policy.named_parameters() if n in vision)
+    again = AutoModelForActionPrediction.from_pretrained(tmp_path / "out")
+    sample = chunks[0]
+    images = sample["images"] if make is tiny_llava else None
+    inputs = again.prepare(images, sample["instruction"])
+    np.testing.assert_array_equal(again.predict_action(**inputs), policy.eval().predict_action(**inputs))
+    saved = json.loads((tmp_path / "out/action_metrics.json").read_text())
+    assert saved["train_token_accuracy"] == metrics["train_token_accuracy"]
+
+
+def test_lora_trains_adapters_of_the_language_model_and_the_new_rows_only(chunks, tmp_path):
+    policy = tiny_llava(horizon=2)
+    before = {name: value.clone() for name, value in policy.state_dict().items()}
+    model, _ = fine_tune(
+        policy, chunks, arguments(tmp_path / "out", learning_rate=1e-2), lora=LoraArguments(use_peft=True, lora_r=4)
+    )
+    trainable = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert trainable
+    assert all("lora_" in name or "trainable_tokens" in name for name in trainable)
+    assert not [name for name in trainable if "vision_tower" in name or "projector" in name]
+    assert len([name for name in trainable if "trainable_tokens" in name]) == 2, "input and output rows"
+    new = torch.tensor(policy.action_config.vocabulary.token_ids.tolist())
+    merged = model.merge_and_unload()
+    for layer, name in ((merged.get_input_embeddings(), "embed_tokens.weight"), (merged.get_output_embeddings(), "lm_head.weight")):
+        old = next(value for key, value in before.items() if key.endswith(name))
+        changed = (layer.weight != old).any(dim=1).nonzero()[:, 0]
+        assert set(changed.tolist()) <= set(new.tolist())
+        assert len(changed) > 0
+
+
+@pytest.mark.parametrize("tie", [False, True])
+def test_adapter_loads_on_a_fresh_base_with_identical_logits_and_merges(tie, chunks, tmp_path, dataset_folder, base_folder):
+    if tie:
+        policy = tiny_llama(horizon=2, tie=True)
+        policy.save_pretrained(tmp_path / "base")
+        base, images = tmp_path / "base", None
+    else:
+        base, images = base_folder, chunks[3]["images"]
+    model_args = ModelArguments(model_name_or_path=str(base))
+    data_args = DataArguments(dataset=str(dataset_folder), horizon=2)
+    torch.manual_seed(1)
+    policy, _ = load_policy(model_args, data_args, open_dataset(data_args), 0)
+    lora = LoraArguments(use_peft=True, lora_r=4, lora_dropout=0.1)
+    model, _ = fine_tune(policy, chunks, arguments(tmp_path / "out", learning_rate=1e-2, max_steps=4), lora=lora)
+    model.eval()
+    size = os.path.getsize(tmp_path / "out/adapter_model.safetensors")
+    rows = policy.get_input_embeddings().weight.shape[0] * policy.config.get_text_config().hidden_size
+    assert size < rows * 4 * 2, "the full embedding matrices are not in the adapter"
+
+    torch.manual_seed(2)  # other random rows for the new tokens of the fresh base
+    again = AutoModelForActionPrediction.from_pretrained(tmp_path / "out")
+    inputs = again.prepare(images, INSTRUCTIONS[0])
+    tokens = torch.tensor(policy.action_config.vocabulary.token_ids[[3, 200, 7]].tolist())[None]
+    inputs = {**inputs, "input_ids": torch.cat([inputs["input_ids"], tokens], 1)}
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    ids = policy.action_config.vocabulary.token_ids.tolist()
+    with torch.no_grad():
+        expected = model(**inputs).logits[..., ids]
+        found = again(**inputs).logits[..., ids]
+        assert torch.equal(found, expected)
+        merged = again.merge_and_unload()
+        torch.testing.assert_close(merged(**inputs).logits[..., ids], expected, atol=1e-5, rtol=0)
+    merged.save_pretrained(tmp_path / "merged")
+    alone = AutoModelForActionPrediction.from_pretrained(tmp_path / "merged")
+    with torch.no_grad():
+        torch.testing.assert_close(alone(**inputs).logits[..., ids], expected, atol=1e-5, rtol=0)
+
+
+def test_adapter_with_a_lost_weight_raises(chunks, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    base = tiny_llava(horizon=2)
+    base.save_pretrained(tmp_path / "base")
+    policy = AutoModelForActionPrediction.from_pretrained(tmp_path / "base")
+    fine_tune(policy, chunks, arguments(tmp_path / "out"), lora=LoraArguments(use_peft=True, lora_r=4))
+    file = tmp_path / "out/adapter_model.safetensors"
+    weights = load_file(file)
+    weights.pop(next(iter(weights)))
+    save_file(weights, file)
+    with pytest.raises(VLAActionsError, match="1 weights are missing"):
+        AutoModelForActionPrediction.from_pretrained(tmp_path / "out")
+
+
+def test_resumed_training_ends_where_uninterrupted_training_does(chunks, tmp_path):
+    def run(folder, steps, **kwargs):
+        policy = tiny_llava(horizon=2)
+        options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "learning_rate": 1e-3, **kwargs}
+        args = arguments(folder, **options)
+        if steps < 6:
+            from transformers import TrainerCallback
+
+            class Stop(TrainerCallback):
+                def on_step_end(self, args, state, control, **_):
+                    control.should_training_stop = state.global_step >= steps
+
+            fine_tune(policy, chunks, args, callbacks=[Stop()])
+        else:
+            fine_tune(policy, chunks, args)
+        return policy.state_dict()
+
+    whole = run(tmp_path / "whole", 6)
+    run(tmp_path / "parts", 3)
+    assert (tmp_path / "parts/checkpoint-3/action_config.json").is_file(), "every checkpoint is a policy"
+    resumed = run(tmp_path / "parts", 6, resume_from_checkpoint="true")
+    for name, value in whole.items():
+        torch.testing.assert_close(resumed[name], value, msg=name)
+
+
+def test_loss_that_is_not_finite_raises_and_names_the_samples(chunks, tmp_path):
+    policy = tiny_llava(horizon=2)
+    few = torch.utils.data.Subset(chunks, [2, 9])
+    with torch.no_grad():
+        policy.get_output_embeddings().weight[:] = float("inf")
+    with pytest.raises(TrainingError, match=r"\(0, 2\).*weights were not changed") as caught:
+        fine_tune(policy, few, arguments(tmp_path / "out"))
+    assert "(1, 3)" in str(caught.value)
+    assert not (tmp_path / "out/model.safetensors").exists()
+
+
+def test_held_out_episodes_are_whole_and_stay_out_of_the_statistics(dataset_folder, base_folder):
+    args = DataArguments(dataset=str(dataset_folder), horizon=2, eval_fraction=0.25)
+    dataset = open_dataset(args)
+    train, held_out = split_episodes(dataset, 0.25, seed=0)
+    assert sorted(train + held_out) == [0, 1, 2, 3]
+    assert len(held_out) == 1
+    train_chunks, eval_chunks = chunk_datasets(dataset, args, 2, seed=0)
+    assert {c["episode"] for c in eval_chunks} == set(held_out)
+    assert {c["episode"] for c in train_chunks} == set(train)
+    policy, key = load_policy(ModelArguments(model_name_or_path=str(base_folder)), args, dataset, seed=0)
+    rows = np.concatenate([dataset.actions[e.start : e.stop] for e in dataset.episodes if e.index in train])
+    np.testing.assert_allclose(policy.action_config.stats(key).q99, np.quantile(rows, 0.99, axis=0))
+    assert policy.action_config.stats(key).mask.tolist() == [True] * 6 + [False]
+
+
+def test_command_trains_and_a_trained_policy_gains_a_second_robot(dataset_folder, base_folder, tmp_path):
+    common = ["--use_cpu", "--max_steps", "1", "--save_strategy", "no", "--disable_tqdm", "true", "--eval_fraction", "0.25"]
+    first = ["--model_name_or_path", str(base_folder), "--dataset", str(dataset_folder), "--output_dir", str(tmp_path / "a")]
+    assert main([*first, *common, *SEVEN, "--horizon", "2"]) == 0
+    config = AutoModelForActionPrediction.from_pretrained(tmp_path / "a").action_config
+    space = config.space("robot")
+    assert space.units == ("m", "m", "m", "rad", "rad", "rad", None)
+    assert space.delta == (True,) * 6 + (False,)
+    assert (space.frame, space.rate_hz, space.gripper.dim) == ("base", 5.0, "gripper")
+    assert "eval_token_accuracy" in json.loads((tmp_path / "a/action_metrics.json").read_text())
+    second = ["--model_name_or_path", str(tmp_path / "a"), "--dataset", str(dataset_folder), "--unnorm_key", "other"]
+    assert main([*second, "--output_dir", str(tmp_path / "b"), *common, "--horizon", "2"]) == 0
+    both = AutoModelForActionPrediction.from_pretrained(tmp_path / "b").action_config
+    assert sorted(both.norm_stats) == ["other", "robot"]
+    assert both.vocabulary == config.vocabulary
+
+
+def launch(arguments, *, processes):
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    # `--cpu --num_processes 2` would silently run one process.
+    flags = ["--multi_gpu"] if processes > 1 else []
+    command = [sys.executable, "-m", "accelerate.commands.launch", *flags, "--num_processes", str(processes)]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    return subprocess.run(
+        [*command, "-m", "hf_vla_actions.train", *arguments],
+        env=environment, capture_output=True, text=True, timeout=400, check=False,
+    )
+
+
+def test_two_processes_train_as_one_with_twice_the_batch(dataset_folder, base_folder, tmp_path):
+    found = {}
+    for processes, batch in ((1, 4), (2, 2)):
+        out = tmp_path / f"out{processes}"
+        done = launch(
+            ["--model_name_or_path", str(base_folder), "--dataset", str(dataset_folder), "--output_dir", str(out),
+             "--per_device_train_batch_size", str(batch), "--max_steps", "3", "--logging_steps", "1", "--use_cpu",
+             "--save_strategy", "steps", "--save_steps", "3", "--horizon", "2", "--use_peft", "--lora_r", "4",
+             "--seed", "5"],
+            processes=processes,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        metrics = json.loads((out / "action_metrics.json").read_text())
+        history = json.loads((out / "checkpoint-3/trainer_state.json").read_text())["log_history"]
+        found[processes] = (metrics["world_size"], [entry["loss"] for entry in history if "loss" in entry])
+    assert (found[1][0], found[2][0]) == (1, 2)
+    np.testing.assert_allclose(found[1][1], found[2][1], rtol=2e-3)
+
+
+def refusals(dataset_folder, base_folder, tmp_path):
+    model = ["--model_name_or_path", str(base_folder)]
+    data, out = ["--dataset", str(dataset_folder)], ["--output_dir", str(tmp_path / "out")]
+    (tmp_path / "full").mkdir(exist_ok=True)
+    (tmp_path / "full/old.txt").write_text("keep me")
+    return [
+        ([*model, "--dataset", str(tmp_path / "nowhere"), *out], "nowhere"),
+        ([*model, *data, *out, "--cameras", "wrist"], "wrist"),
+        ([*model, *data, *out, "--action_names", "x", "y"], "2 action_names"),
+        ([*model, *data, *out, "--action_units", "m", "m"], "units has 2 entries for 7"),
+        ([*model, *data, *out, "--action_key", "actoin"], "actoin"),
+        ([*model, *data, *out, "--horizon", "0"], "horizon"),
+        ([*model, *data, *out, "--eval_fraction", "0.99"], "nothing is left"),
+        ([*model, *data, *out, "--eval_fraction", "1.5"], "eval_fraction"),
+        ([*model, *data, *out, "--gripper", "claw"], "claw"),
+        ([*model, *data, *out, "--prompt", "go"], "instruction"),
+        ([*model, *data, *out, "--use_peft", "--lora_target_modules", "nothing"], "LoRA"),
+        (["--model_name_or_path", str(tmp_path), *data, *out], "no model"),
+        ([*model, *data, "--output_dir", str(tmp_path / "full")], "not empty"),
+        ([*model, *data, *out, "--resume_from_checkpoint", "true"], "no checkpoint to resume"),
+        ([*model, *data], "output_dir"),
+    ]
+
+
+@pytest.mark.parametrize("case", range(15))
+def test_wrong_options_end_in_one_line_with_nothing_written_raises(case, dataset_folder, base_folder, tmp_path, capsys):
+    argv, message = refusals(dataset_folder, base_folder, tmp_path)[case]
+    assert main([*argv, "--use_cpu", "--max_steps", "1"]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert message in lines[0]
+    assert not (tmp_path / "out").exists() or not any((tmp_path / "out").rglob("*.safetensors"))
+    assert [p.name for p in (tmp_path / "full").iterdir()] == ["old.txt"]
+
+
+def test_nan_in_the_actions_ends_in_one_line(base_folder, tmp_path, capsys):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    folder = write_dataset(tmp_path / "robot")
+    file = folder / "data/chunk-000/file-000.parquet"
+    table = pq.read_table(file)
+    rows = np.array(table["action"].to_pylist(), dtype=np.float32)
+    rows[8, 2] = np.nan
+    column = table.schema.get_field_index("action")
+    values = pa.FixedSizeListArray.from_arrays(pa.array(rows.ravel()), 7)
+    pq.write_table(table.set_column(column, table.schema.field(column), values), file)
+    argv = ["--model_name_or_path", str(base_folder), "--dataset", str(folder), "--output_dir", str(tmp_path / "out")]
+    assert main([*argv, "--use_cpu"]) == 2
+    error = capsys.readouterr().err
+    assert "NaN" in error
+    assert "episode 1" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_add_lora_on_named_layers():
+    model = add_lora(tiny_llava(), LoraArguments(use_peft=True, lora_r=2, lora_target_modules=["q_proj", "v_proj"]))
+    adapted = {name.split(".lora_")[0].rpartition(".")[2] for name, _ in model.named_parameters() if ".lora_" in name}
+    assert adapted == {"q_proj", "v_proj"}
+    with_vision = add_lora(tiny_llava(), LoraArguments(use_peft=True, lora_r=2, lora_vision=True))
+    assert any("vision_tower" in name and "lora_" in name for name, _ in with_vision.named_parameters())
