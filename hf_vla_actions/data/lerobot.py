@@ -49,8 +49,8 @@ class Episode:
 class LeRobotDataset:
     """A LeRobotDataset v3.0 folder: actions and states as arrays, pictures decoded when asked for.
 
-    Opening it reads the numbers only: no picture is read and no video is opened. It may be pickled and used in the worker
-    processes of a DataLoader: files are opened anew in each process.
+    Opening it reads the numbers only: no picture is read and no video is opened. It may go to the worker processes of a
+    DataLoader, forked or sent: files are opened anew in each process. It is not for several threads at once.
 
     Args:
         path: folder that holds `meta/info.json`.
