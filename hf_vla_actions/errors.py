@@ -107,7 +107,7 @@ def one_line_errors(main: Callable[..., int]) -> Callable[..., int]:
     def guarded(*args, **kwargs) -> int:
         try:
             return main(*args, **kwargs)
-        except VLAActionsError as error:
+        except (VLAActionsError, ImportError) as error:
             sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
             return 2
 

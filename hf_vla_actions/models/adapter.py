@@ -35,7 +35,10 @@ def load_adapter(policy, folder: str | Path, **kwargs: Any):
     from peft import PeftModel, get_peft_model_state_dict
     from peft.utils import load_peft_weights
 
-    model = PeftModel.from_pretrained(policy, folder, **kwargs)
+    try:
+        model = PeftModel.from_pretrained(policy, folder, **kwargs)
+    except (KeyError, RuntimeError, IndexError) as error:
+        raise CheckpointError(f"the adapter in {folder} does not fit its base model: {error}") from None
     saved = set(load_peft_weights(str(folder), device="cpu"))
     there = set(get_peft_model_state_dict(model, save_embedding_layers=False))
     if saved != there:

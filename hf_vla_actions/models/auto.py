@@ -59,7 +59,7 @@ def load_model(path: str, **kwargs: Any) -> tuple[Any, Any]:
         family = family_of(config)
         auto = AutoModelForImageTextToText if family.takes_images else AutoModelForCausalLM
         model, info = auto.from_pretrained(path, output_loading_info=True, **kwargs)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"no model to be had from {path!r}: {str(error).splitlines()[0]}") from None
     problems = {name: sorted(map(str, info[name])) for name in ("missing_keys", "unexpected_keys", "mismatched_keys")}
     if any(problems.values()):

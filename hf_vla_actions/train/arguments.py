@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
+from hf_vla_actions.errors import TrainingError
+
 
 @dataclass
 class ModelArguments:
@@ -122,6 +124,8 @@ class VLATrainingArguments(TrainingArguments):
     report_to: str = field(default="none", metadata={"help": "Where to log: 'none', 'tensorboard', 'wandb', ..."})
 
     def __post_init__(self):
+        if not self.output_dir:
+            raise TrainingError("nowhere to save the policy: pass --output_dir")
         self.label_names = ["labels"]
         self.learning_rate = 2e-5 if self.learning_rate is None else self.learning_rate
         super().__post_init__()

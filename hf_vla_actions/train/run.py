@@ -74,8 +74,6 @@ def fine_tune(
 
 def prepare_output(args: VLATrainingArguments) -> str | None:
     """Refuse a folder that would be overwritten; return the checkpoint to resume from, if any."""
-    if not args.output_dir:
-        raise TrainingError("nowhere to save the policy: pass --output_dir")
     folder = Path(args.output_dir)
     if folder.exists() and not folder.is_dir():
         raise TrainingError(f"output_dir {folder} is a file")

@@ -12,7 +12,7 @@ from transformers import Trainer
 from hf_vla_actions.config import ActionConfig
 from hf_vla_actions.errors import TrainingError
 from hf_vla_actions.metrics import action_metrics, gripper_accuracy, token_accuracy
-from hf_vla_actions.models import ActionPredictionMixin, save_adapter
+from hf_vla_actions.models import ActionPredictionMixin, load_model, save_adapter
 from hf_vla_actions.train.collator import IGNORED, ActionCollator, action_loss
 
 
@@ -70,6 +70,21 @@ class VLATrainer(Trainer):
         return chunk_metrics(
             self.policy.action_config, self.unnorm_key, prediction.predictions, prediction.label_ids[:, :-1]
         )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        # Trainer would give the file's weight names to the model as they are. Where Transformers converts names on
+        # loading (LLaVA does), none fits, and training would go on from the weights it started with.
+        if self.policy is not (model or self.model) or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        saved, _ = load_model(resume_from_checkpoint, dtype=self.policy.dtype)
+        self.policy.load_state_dict(saved.state_dict())
+
+    def _load_best_model(self) -> None:
+        if self.policy is self.model and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
+            return
+        super()._load_best_model()
 
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
         if self.policy is self.accelerator.unwrap_model(self.model):
