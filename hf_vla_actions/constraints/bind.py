@@ -181,6 +181,7 @@ def bind(
             key = tuple(id(constraint) for constraint in active)
             if key not in solved:
                 here = [resolved[i] for i in key]
+                _warn_beyond(active, reaches[dim])
                 solved[key] = (
                     reaches[dim].satisfying(here),
                     _pull(here, None if values is None else values[dim]),

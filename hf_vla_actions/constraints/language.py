@@ -121,7 +121,7 @@ class Constraint:
 
     def __str__(self) -> str:
         parts = [repr(self.dim)]
-        for f in fields(self):
+        for f in sorted(fields(self), key=lambda f: f.name == "steps"):
             value = getattr(self, f.name)
             silent = value is None or value == f.default or value in (-math.inf, math.inf)
             if f.name != "dim" and not silent:

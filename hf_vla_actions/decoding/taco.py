@@ -1,0 +1,265 @@
+"""TACO: target/action constraints on the logits of action tokens, in the units of the robot.
+
+A token is allowed only if the value that will be carried out for it (decoded and un-normalized) satisfies the
+constraints. Not to be confused with the TACO of arXiv 2512.02834 (test-time anti-exploration by pseudo-counts),
+which ranks sampled chunks.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from transformers import LogitsProcessor
+
+from hf_vla_actions.constraints import BoundConstraints, bind
+from hf_vla_actions.errors import ConstraintError
+
+if TYPE_CHECKING:
+    from hf_vla_actions.config import ActionConfig
+
+MODES = ("transport", "mask", "project")
+DEAD = (
+    "no action token is left{where}: the scores of all allowed tokens are -inf, or one is NaN or +inf, before TACO sees "
+    "them (a broken model, another logits processor, or min_new_tokens beyond the action)"
+)
+
+
+class _RefusedByContinuousBatching:
+    """False on the class; an error when continuous batching asks an instance.
+
+    Transformers drops a processor that answers False with no more than a warning
+    (`transformers/generation/continuous_batching/cb_logits_processors.py`), and would then emit free actions.
+    """
+
+    def __get__(self, instance, owner=None) -> bool:
+        if instance is None:
+            return False
+        raise ConstraintError(
+            "continuous batching (generate_batch) gives logits processors the last token only and cannot keep "
+            "constraints on actions; use generate() or predict_action()"
+        )
+
+
+@dataclass(frozen=True)
+class _Tables:
+    """Lookup tables on one device; n = horizon * dof positions, S samples, K codes."""
+
+    ids: torch.Tensor  # (K,) token id of each code
+    is_action: torch.Tensor  # (largest id + 2,) bool; the last entry stands for all ids beyond
+    allowed: torch.Tensor  # (S, n, K) bool
+    receives: torch.Tensor | None  # (S, n, K) bool: some forbidden code moves its mass here
+    target: torch.Tensor | None  # (S, n, K) int64: where the mass of each code goes
+    bias: torch.Tensor | None  # (S, n, K) float32, nats
+
+
+class TACOLogitsProcessor(LogitsProcessor):
+    """Lets `generate` emit one chunk of allowed actions, then the closing token, and nothing else.
+
+    It is a pure function of the ids it is given: greedy decoding, sampling, beams, `num_return_sequences`, left
+    padding and assisted decoding all see the same constraints. Row r belongs to sample r // (rows / samples).
+
+    Args:
+        constraints: list of constraints in real units for every sample, or one list per sample; None for none. The
+            robot's permanent limits (`action_config.limits`) are added to each.
+        action_config: what turns token ids into robot commands.
+        unnorm_key: which statistics and action space; may be omitted when there is one.
+        prompt_length: length of the prompt in tokens, padding included; 0 if the prompt comes as `inputs_embeds`.
+            Without it the position within the chunk is the number of action tokens at the end of the ids: slower, a
+            prompt that itself ends in action tokens would be continued, and after the closing token, where
+            `generate` stops if that is its `eos_token_id`, a new chunk would begin.
+        context: what the robot knows now; no constraint of this release needs any.
+        mode: "mask": forbidden tokens get -inf, the others keep their score. "transport": the probability of each
+            forbidden token moves to the nearest allowed one (in real units), the others keep their score. "project":
+            every action token is allowed and only soft targets apply; the caller moves the decoded chunk with
+            `bound.project`, as `predict_action` does.
+        on_infeasible: "raise", the only choice so far.
+        temperature: the temperature that `generate` will sample with. It is applied after this processor and would
+            widen the sigma of a soft target by its square root; pulls are multiplied by it here, so sigma holds. In
+            "transport" the probabilities that move are those before temperature.
+
+    Attributes:
+        bound: the checked constraints (`BoundConstraints`), with `project`, `violations` and `check_batch`.
+
+    Raises:
+        InfeasibleConstraintError: nothing is left of a dimension; at construction, before any forward pass.
+        ConstraintError: anything else that does not fit.
+
+    On CUDA the check that a row has a token left raises asynchronously (no host synchronization), elsewhere at once.
+    """
+
+    supports_continuous_batching = _RefusedByContinuousBatching()  # type: ignore[assignment]
+
+    def __init__(
+        self,
+        constraints,
+        action_config: ActionConfig,
+        unnorm_key: str | None = None,
+        prompt_length: int | None = None,
+        context=None,
+        mode: str = "transport",
+        on_infeasible: str = "raise",
+        *,
+        temperature: float = 1.0,
+    ):
+        if mode not in MODES:
+            raise ConstraintError(f"mode must be one of {list(MODES)}, got {mode!r}")
+        if on_infeasible != "raise":
+            raise ConstraintError(f"on_infeasible can only be 'raise' in this release, got {on_infeasible!r}")
+        if context is not None:
+            raise ConstraintError("context was given, but no constraint of this release uses one; leave it out")
+        whole = isinstance(prompt_length, (int, np.integer)) and not isinstance(prompt_length, bool)
+        if prompt_length is not None and (not whole or prompt_length < 0):
+            raise ConstraintError(f"prompt_length is a number of tokens (input_ids.shape[1]), got {prompt_length!r}")
+        number = isinstance(temperature, (int, float, np.number)) and not isinstance(temperature, bool)
+        if not number or not (math.isfinite(temperature) and temperature > 0):
+            raise ConstraintError(f"temperature must be a positive number, got {temperature!r}")
+        key = action_config.resolve(unnorm_key)
+        values = action_config.token_values(key)
+        self.vocabulary = action_config.vocabulary
+        if values.shape[1] != self.vocabulary.n_codes:
+            raise ConstraintError(f"{values.shape[1]} token values for {self.vocabulary.n_codes} action tokens")
+        self.mode = mode
+        self.temperature = float(temperature)
+        self.prompt_length = None if prompt_length is None else int(prompt_length)
+        self.bound: BoundConstraints = bind(
+            constraints,
+            action_config.space(key),
+            values,
+            action_config.horizon,
+            limits=tuple(action_config.limits),
+            grid=mode != "project",
+        )
+        self.n_tokens = action_config.horizon * values.shape[0]
+        self._arrays = self._build()
+        self._tables: dict[torch.device, _Tables] = {}
+
+    def _build(self) -> dict[str, np.ndarray | None]:
+        """The tables as NumPy arrays, (S, n, K) each."""
+        bound, shape = self.bound, (self.bound.n_samples, self.n_tokens, self.vocabulary.n_codes)
+        arrays: dict[str, np.ndarray | None] = {"receives": None, "target": None, "bias": None}
+        allowed = np.ones(shape, dtype=bool) if self.mode == "project" else bound.allowed.reshape(shape)
+        arrays["allowed"] = allowed
+        self._open: list[bool] = list(np.all(allowed, axis=(0, 2)))  # positions where nothing is forbidden
+        if self.mode == "transport" and not allowed.all():
+            target = bound.nearest.reshape(shape)
+            receives = np.zeros(shape, dtype=bool)
+            samples, positions, codes = np.nonzero(~allowed)
+            receives[samples, positions, target[samples, positions, codes]] = True
+            arrays.update(target=target, receives=receives)
+        if bound.bias is not None:
+            bias = bound.bias.reshape(shape) * self.temperature
+            # A pull from far away is large everywhere. Only differences count, and they survive half precision if
+            # the largest pull on offer is 0. The constant is the same for all rows of a sample.
+            counted = np.where(allowed, bias, -np.inf) if self.mode == "mask" else bias
+            arrays["bias"] = np.maximum(bias - counted.max(axis=-1, keepdims=True), -1e30).astype(np.float32)
+        return arrays
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """Scores of the next token: new tensor of the same shape and dtype, -inf wherever nothing may be emitted.
+
+        Args:
+            input_ids: (rows, length) prompt and what was generated so far.
+            scores: (rows, vocabulary) logits or log-probabilities; left as they are.
+        """
+        self._check(input_ids, scores)
+        tables = self._tables_on(scores.device)
+        end = self.vocabulary.end_token_id
+        position = self._position(input_ids, tables)
+        out = torch.full_like(scores, -torch.inf)
+        if isinstance(position, int) and position >= self.n_tokens:
+            out[:, end] = scores[:, end]
+            self._check_alive(out[:, end])
+            return out  # type: ignore[return-value]
+        actions = self._constrain(scores.index_select(1, tables.ids), tables, position)
+        best = actions.amax(dim=1)
+        if isinstance(position, torch.Tensor):
+            done = position >= self.n_tokens
+            actions = actions.masked_fill(done[:, None], -torch.inf)
+            out[:, end] = torch.where(done, scores[:, end], -torch.inf)
+            best = torch.where(done, scores[:, end], best)
+        self._check_alive(best)
+        return out.index_copy_(1, tables.ids, actions)  # type: ignore[return-value]
+
+    def _constrain(self, actions: torch.Tensor, tables: _Tables, position: int | torch.Tensor) -> torch.Tensor:
+        """Scores of the action tokens (rows, K), by code, under the constraints of their position."""
+        rows, dtype = len(actions), actions.dtype
+        if tables.bias is not None:
+            wide = actions.to(torch.promote_types(dtype, torch.float32))
+            actions = wide + self._select(tables.bias, position, rows)
+        if self._open[position] if isinstance(position, int) else all(self._open):
+            return actions.to(dtype)
+        allowed = self._select(tables.allowed, position, rows)
+        if tables.target is not None and tables.receives is not None:
+            target = self._select(tables.target, position, rows).expand(rows, -1)
+            received = _sum_by_target(actions.to(torch.promote_types(dtype, torch.float32)), target)
+            actions = torch.where(self._select(tables.receives, position, rows), received.to(actions.dtype), actions)
+        return torch.where(allowed, actions, -torch.inf).to(dtype)
+
+    def _select(self, table: torch.Tensor, position: int | torch.Tensor, rows: int) -> torch.Tensor:
+        """The entries of a table (S, n, K) for each row: (rows, K), or (1, K) where all rows have the same."""
+        each = rows // table.shape[0]
+        if isinstance(position, int):
+            chosen = table[:, position]
+            return chosen if table.shape[0] == 1 else chosen.repeat_interleave(each, dim=0)
+        sample = torch.arange(rows, device=table.device) // each
+        return table[sample, position.clamp(max=self.n_tokens - 1)]
+
+    def _position(self, input_ids: torch.Tensor, tables: _Tables) -> int | torch.Tensor:
+        """How many tokens of the chunk are there already: one int, or (rows,) capped at horizon * dof."""
+        if self.prompt_length is not None:
+            position = input_ids.shape[1] - self.prompt_length
+            if position < 0:
+                raise ConstraintError(f"prompt_length is {self.prompt_length}, but there are {input_ids.shape[1]} ids")
+            return position
+        recent = input_ids[:, -self.n_tokens :].clamp(0, len(tables.is_action) - 1)
+        return tables.is_action[recent].flip(1).long().cumprod(1).sum(1)
+
+    def _check(self, input_ids: torch.Tensor, scores: torch.Tensor) -> None:
+        if input_ids.ndim != 2 or scores.ndim != 2 or len(input_ids) != len(scores):
+            raise ConstraintError(
+                f"expected ids (rows, length) and scores (rows, vocabulary), got {tuple(input_ids.shape)} and "
+                f"{tuple(scores.shape)}; continuous batching is not supported"
+            )
+        highest = max(int(self.vocabulary.token_ids.max()), self.vocabulary.end_token_id)
+        if scores.shape[1] <= highest:
+            raise ConstraintError(
+                f"the model scores {scores.shape[1]} tokens, the action vocabulary goes up to id {highest}: its "
+                "embeddings were not resized (to_vla does it) or it belongs to another checkpoint"
+            )
+        if len(scores) % self.bound.n_samples:
+            raise ConstraintError(
+                f"{len(scores)} rows do not divide among {self.bound.n_samples} lists of constraints: give one list "
+                "per sample of the batch"
+            )
+
+    def _check_alive(self, best: torch.Tensor) -> None:
+        """Raise if a row has no token left: greedy decoding would emit token 0, which is some action or other."""
+        alive = torch.isfinite(best)
+        if best.device.type == "cuda":
+            torch._assert_async(alive.all(), DEAD.format(where=""))
+        elif not alive.all():
+            raise ConstraintError(DEAD.format(where=f" in row {int((~alive).nonzero()[0])}"))
+
+    def _tables_on(self, device: torch.device) -> _Tables:
+        if device not in self._tables:
+            arrays = {name: None if a is None else torch.from_numpy(a).to(device) for name, a in self._arrays.items()}
+            ids = torch.tensor(self.vocabulary.token_ids, device=device)
+            is_action = torch.zeros(int(self.vocabulary.token_ids.max()) + 2, dtype=torch.bool, device=device)
+            is_action[ids] = True
+            self._tables[device] = _Tables(ids=ids, is_action=is_action, **arrays)  # type: ignore[arg-type]
+        return self._tables[device]
+
+
+def _sum_by_target(scores: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """logsumexp of all scores (rows, K) with the same target (rows, K): result at that target, -inf elsewhere.
+
+    Each group has its own maximum taken out, so that nothing underflows however unlikely the group is.
+    """
+    peak = torch.full_like(scores, -torch.inf).scatter_reduce(1, target, scores, "amax")
+    peak = torch.where(peak == -torch.inf, 0.0, peak)
+    parts = torch.exp(scores - peak.gather(1, target))
+    return peak + torch.zeros_like(scores).scatter_add(1, target, parts).log()
