@@ -122,6 +122,7 @@ class TACOLogitsProcessor(LogitsProcessor):
         self.vocabulary = action_config.vocabulary
         if values.shape[1] != self.vocabulary.n_codes:
             raise ConstraintError(f"{values.shape[1]} token values for {self.vocabulary.n_codes} action tokens")
+        self._highest = max(int(self.vocabulary.token_ids.max()), self.vocabulary.end_token_id)
         self.mode = mode
         self.temperature = float(temperature)
         self.prompt_length = None if prompt_length is None else int(prompt_length)
@@ -224,10 +225,9 @@ class TACOLogitsProcessor(LogitsProcessor):
                 f"expected ids (rows, length) and scores (rows, vocabulary), got {tuple(input_ids.shape)} and "
                 f"{tuple(scores.shape)}; continuous batching is not supported"
             )
-        highest = max(int(self.vocabulary.token_ids.max()), self.vocabulary.end_token_id)
-        if scores.shape[1] <= highest:
+        if scores.shape[1] <= self._highest:
             raise ConstraintError(
-                f"the model scores {scores.shape[1]} tokens, the action vocabulary goes up to id {highest}: its "
+                f"the model scores {scores.shape[1]} tokens, the action vocabulary goes up to id {self._highest}: its "
                 "embeddings were not resized (to_vla does it) or it belongs to another checkpoint"
             )
         if len(scores) % self.bound.n_samples:
@@ -238,7 +238,7 @@ class TACOLogitsProcessor(LogitsProcessor):
 
     def _check_alive(self, best: torch.Tensor) -> None:
         """Raise if a row has no token left: greedy decoding would emit token 0, which is some action or other."""
-        alive = torch.isfinite(best)
+        alive = best.abs() < torch.inf  # False for NaN too
         if best.device.type == "cuda":
             torch._assert_async(alive.all(), DEAD.format(where=""))
         elif not alive.all():
@@ -255,11 +255,11 @@ class TACOLogitsProcessor(LogitsProcessor):
 
 
 def _sum_by_target(scores: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """logsumexp of all scores (rows, K) with the same target (rows, K): result at that target, -inf elsewhere.
+    """logsumexp of all scores (rows, K) that have the same target (rows, K), at that target; elsewhere the score.
 
-    Each group has its own maximum taken out, so that nothing underflows however unlikely the group is.
+    The largest score of the row is taken out. A group so far below it that its sum underflows has no probability
+    left in float32 either; it keeps the score of the target.
     """
-    peak = torch.full_like(scores, -torch.inf).scatter_reduce(1, target, scores, "amax")
-    peak = torch.where(peak == -torch.inf, 0.0, peak)
-    parts = torch.exp(scores - peak.gather(1, target))
-    return peak + torch.zeros_like(scores).scatter_add(1, target, parts).log()
+    peak = scores.amax(dim=1, keepdim=True)
+    total = torch.zeros_like(scores).scatter_add(1, target, torch.exp(scores - peak))
+    return torch.maximum(scores, peak + total.log())
