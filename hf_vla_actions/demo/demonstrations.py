@@ -1,0 +1,95 @@
+"""Demonstrations of the scripted expert, written as a LeRobotDataset v3.0."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from hf_vla_actions.actions import ActionSpace, Gripper
+from hf_vla_actions.data import LeRobotWriter
+from hf_vla_actions.demo.expert import Expert
+from hf_vla_actions.demo.world import ACTION_FRAME, ACTION_NAMES, ACTION_UNITS, RATE_HZ, TabletopEnv, WorldError
+
+CAMERA = "top"
+
+SPACE = ActionSpace(
+    ACTION_NAMES,
+    units=ACTION_UNITS,
+    delta=(True,) * 6 + (False,),
+    frame=ACTION_FRAME,
+    gripper=Gripper("gripper", open=1.0, closed=0.0),
+    rate_hz=RATE_HZ,
+)
+"""What the numbers of the tabletop world mean."""
+
+
+def write_lerobot_dataset(
+    path: str | Path,
+    *,
+    episodes: int,
+    tasks: tuple[str, ...] = ("reach",),
+    seed: int = 0,
+    noise: float = 0.0,
+    progress: bool = True,
+) -> Path:
+    """Record the expert and write what it did.
+
+    Args:
+        path: new folder.
+        episodes: how many, the tasks in turn.
+        tasks: of the world.
+        seed: of the first episode; the others follow.
+        noise: standard deviation in meters of a disturbance of the carried-out step along x, y and z. The recorded
+            action is the expert's own, so the data shows how to recover (DART, Laskey et al. 2017,
+            arXiv 1703.09327).
+        progress: show a bar.
+
+    Returns:
+        The folder. Unsuccessful episodes are left out, so that every demonstration shows how it is done.
+    """
+    if episodes < 1 or not tasks:
+        raise WorldError(f"a dataset needs at least one episode and one task, got {episodes} and {list(tasks)}")
+    envs = {task: TabletopEnv(task) for task in tasks}
+    size = next(iter(envs.values())).image_size
+    rng = np.random.default_rng(seed)
+    with (
+        LeRobotWriter(
+            path,
+            fps=RATE_HZ,
+            robot_type="tabletop",
+            action_names=ACTION_NAMES,
+            state_names=ACTION_NAMES,
+            image_shapes={CAMERA: (size, size, 3)},
+        ) as writer,
+        tqdm(total=episodes, desc="demonstrations", unit="episode", disable=not progress) as bar,
+    ):
+        attempt = 0
+        while writer.n_episodes < episodes:
+            env = envs[tasks[writer.n_episodes % len(tasks)]]
+            if attempt > 10 * episodes:
+                raise WorldError(f"the expert succeeds too rarely with noise={noise} m; use less")
+            if _record(env, writer, seed + attempt, rng, noise):
+                bar.update()
+            attempt += 1
+    return Path(path)
+
+
+def _record(env: TabletopEnv, writer: LeRobotWriter, seed: int, rng: np.random.Generator, noise: float) -> bool:
+    obs, info = env.reset(seed=seed)
+    expert = Expert(env, rng)
+    frames, states, actions = [], [], []
+    done = False
+    while not done:
+        action = expert()
+        frames.append(obs["images"])
+        states.append(obs["proprio"])
+        actions.append(action)
+        disturbed = action.copy()
+        disturbed[:3] += rng.normal(0.0, noise, 3)
+        obs, _, terminated, truncated, info = env.step(disturbed)
+        done = terminated or truncated
+    if info["success"]:
+        writer.add_episode(env.instruction, np.array(actions), {CAMERA: frames}, np.array(states))
+    return bool(info["success"])

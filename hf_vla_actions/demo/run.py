@@ -1,0 +1,193 @@
+"""The whole path in one function: demonstrations, training, closed loop free and bound, checkpoint."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import set_seed
+
+from hf_vla_actions.demo.demonstrations import SPACE, write_lerobot_dataset
+from hf_vla_actions.demo.judge import Blanked, Limits, Swapped, as_json, run, summarize, text_table
+from hf_vla_actions.demo.pictures import draw_figure, draw_gif
+from hf_vla_actions.demo.tiny_vlm import build_tokenizer, build_vlm
+from hf_vla_actions.demo.world import COLORS, INSTRUCTIONS
+from hf_vla_actions.errors import CheckpointError, VLAActionsError
+from hf_vla_actions.models import AutoModelForActionPrediction
+from hf_vla_actions.models.mixin import MODES
+from hf_vla_actions.train import VLATrainingArguments, fine_tune
+from hf_vla_actions.train.arguments import DataArguments, ModelArguments
+from hf_vla_actions.train.setup import chunk_datasets, load_policy, open_dataset
+
+logger = logging.getLogger(__name__)
+
+UNSEEN = 1_000_000  # seeds of the judged episodes start here; demonstrations are far below
+UNIT_OPTIONS = ["none" if unit is None else unit for unit in SPACE.units]
+PROMPT = "{instruction}:"
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """How much of everything.
+
+    Args:
+        demonstrations: episodes of the expert.
+        tasks: of the world, in turn.
+        noise: see `write_lerobot_dataset`, meters.
+        steps: of training.
+        batch_size: samples a step.
+        learning_rate: its highest value.
+        judged: unseen seeds.
+        max_steps: of a free episode; bound ones get `slower` times as many, because their steps are shorter.
+        slower: see above.
+    """
+
+    demonstrations: int = 1500
+    tasks: tuple[str, ...] = ("reach",)
+    noise: float = 0.01
+    steps: int = 1400
+    batch_size: int = 64
+    learning_rate: float = 2e-3
+    judged: int = 50
+    max_steps: int = 24
+    slower: int = 3
+
+
+FULL = DemoSettings()
+QUICK = DemoSettings(demonstrations=60, steps=60, judged=8)
+
+
+def run_demo(folder: Path, settings: DemoSettings = FULL, *, seed: int = 0, limits: Limits | None = None) -> str:
+    """Run everything into a new folder.
+
+    Args:
+        folder: gets `data/`, `base/`, `policy/`, `results.json`, `figure.png` and `rollout.gif`.
+        settings: how much of everything.
+        seed: of everything.
+        limits: what is forbidden in the bound runs.
+
+    Returns:
+        The table of results as text.
+    """
+    if folder.exists() and any(folder.iterdir()):
+        raise VLAActionsError(f"{folder} is not empty; choose another --output_dir or remove it")
+    limits = limits or Limits()
+    begin = time.monotonic()
+    set_seed(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    data = write_lerobot_dataset(
+        folder / "data", episodes=settings.demonstrations, tasks=settings.tasks, seed=1000 * seed, noise=settings.noise
+    )
+    policy, metrics = train(folder, data, settings, seed)
+    trained = time.monotonic() - begin
+
+    seeds = range(UNSEEN + 1000 * seed, UNSEEN + 1000 * seed + settings.judged)
+    options = {"max_steps": settings.max_steps, "keep_frames": True}
+    free = run(policy, "free", seeds, **options)
+    rows = [
+        summarize("free", free, limits),
+        summarize("picture blanked", run(policy, "blanked", seeds, wrapper=Blanked, **options), limits),
+        summarize("instruction swapped", run(policy, "swapped", seeds, wrapper=Swapped, **options), limits),
+    ]
+    options["max_steps"] *= settings.slower
+    bound = {mode: run(policy, mode, seeds, bound=limits, mode=mode, **options) for mode in MODES}
+    rows += [summarize(f"limits kept by {mode!r}", episodes, limits) for mode, episodes in bound.items()]
+
+    first = free[0]
+    obs = {"images": first.frames[0], "instruction": _instruction(seeds[0]), "proprio": first.poses[0]}
+    prove_checkpoint(policy, folder / "policy", obs)
+    draw_figure(folder / "figure.png", policy, obs, free, bound["project"], limits)
+    shown = next((i for i, e in enumerate(free) if e.success and bound["project"][i].success), 0)
+    draw_gif(folder / "rollout.gif", [free[shown], bound["project"][shown]], ["free", "at most 10 mm a step"])
+    results = {
+        "rows": as_json(rows),
+        "train_token_accuracy": metrics["train_token_accuracy"],
+        "seconds": {"data_and_training": trained, "all": time.monotonic() - begin},
+    }
+    (folder / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+    return _report(folder, settings, rows, results, limits)
+
+
+def train(folder: Path, data: Path, settings: DemoSettings, seed: int):
+    """Build the base model from nothing, save it, and fine-tune it as `hf_vla_actions.train` does."""
+    sentences = [text.format(color=color) for text in INSTRUCTIONS.values() for color in COLORS]
+    tokenizer = build_tokenizer([*sentences, *(PROMPT.format(instruction=s) for s in sentences)])
+    model, processor = build_vlm(tokenizer, seed=seed)
+    model.save_pretrained(folder / "base")
+    processor.save_pretrained(folder / "base")
+
+    model_args = ModelArguments(model_name_or_path=str(folder / "base"), prompt=PROMPT)
+    data_args = DataArguments(
+        dataset=str(data),
+        unnorm_key="tabletop",
+        action_units=UNIT_OPTIONS,
+        action_kind="delta",
+        action_frame=SPACE.frame,
+        norm_mode="bounds",
+    )
+    dataset = open_dataset(data_args)
+    policy, key = load_policy(model_args, data_args, dataset, seed)
+    chunks, _ = chunk_datasets(dataset, data_args, policy.action_config.horizon, seed)
+    args = VLATrainingArguments(
+        output_dir=str(folder / "policy"),
+        max_steps=settings.steps,
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=settings.batch_size,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=max(1, settings.steps // 20),
+        weight_decay=0.0,
+        adam_beta2=0.95,
+        logging_steps=max(1, settings.steps // 20),
+        save_strategy="no",
+        seed=seed,
+    )
+    _, metrics = fine_tune(policy, chunks, args, unnorm_key=key)
+    return policy.eval(), metrics
+
+
+def prove_checkpoint(policy, folder: Path, obs: dict) -> None:
+    """Load the saved policy with plain Transformers and with ours; refuse if a single action or weight differs."""
+    from transformers import AutoModelForImageTextToText
+
+    from hf_vla_actions import ActionConfig, TACOLogitsProcessor
+
+    inputs = policy.prepare(obs["images"], obs["instruction"])
+    expected = policy.predict_action(**inputs)
+    again = AutoModelForActionPrediction.from_pretrained(folder)
+    plain = AutoModelForImageTextToText.from_pretrained(folder)
+    config = ActionConfig.from_pretrained(folder)
+    ids = plain.generate(
+        **inputs, logits_processor=[TACOLogitsProcessor([], config)], max_new_tokens=64, do_sample=False
+    )
+    generated = ids[0, inputs["input_ids"].shape[1] : -1].cpu().numpy()
+    same = np.array_equal(again.predict_action(**inputs), expected)
+    same &= np.array_equal(config.decode(generated)[1], expected[0])
+    weights = again.state_dict()
+    same &= all(torch.equal(value.cpu(), weights[name].cpu()) for name, value in policy.state_dict().items())
+    if not same:
+        raise CheckpointError(f"the policy saved in {folder} does not come back as it was")
+
+
+def _instruction(seed: int) -> str:
+    from hf_vla_actions.demo.world import TabletopEnv
+
+    return TabletopEnv("reach").reset(seed=seed)[0]["instruction"]
+
+
+def _report(folder: Path, settings: DemoSettings, rows, results, limits: Limits) -> str:
+    shutil.rmtree(folder / "base")
+    minutes = results["seconds"]["all"] / 60
+    return (
+        f"\n{settings.judged} unseen episodes of 'reach'; limits: {limits.step * 1000:.0f} mm a step along each axis, and "
+        f"a box\n\n{text_table(rows)}\n"
+        f"The checkpoint came back as it was, through AutoModelForActionPrediction and through plain Transformers.\n"
+        f"{minutes:.1f} minutes. Look at {folder / 'figure.png'} and {folder / 'rollout.gif'};\n"
+        f"the policy is in {folder / 'policy'}, the demonstrations are in {folder / 'data'}.\n"
+    )
