@@ -6,7 +6,10 @@ import importlib
 import sys
 
 COMMANDS = {
-    "demo": ("hf_vla_actions.demo.__main__", "learn a small task from nothing, obey limits, in minutes on any machine"),
+    "demo": (
+        "hf_vla_actions.demo.__main__",
+        "learn a small task from nothing, obey limits, in minutes on any machine",
+    ),
     "train": ("hf_vla_actions.train.__main__", "fine-tune a model on a LeRobotDataset (one process; see --help)"),
     "predict": ("hf_vla_actions.models.predict", "print the action of a policy for one frame, free and constrained"),
 }

@@ -194,7 +194,7 @@ class ActionConfig:
             file = Path(path) / FILE_NAME
         else:
             try:
-                file = Path(cached_file(str(path), FILE_NAME, **hub_arguments))
+                file = Path(str(cached_file(str(path), FILE_NAME, **hub_arguments)))
             except OSError as error:
                 raise CheckpointError(f"no {FILE_NAME} to be had from {str(path)!r}: {error}") from None
         try:

@@ -20,9 +20,7 @@ def new_figure(*args, **kwargs):
     return figure, figure.subplots(*args, **kwargs)
 
 
-def plot_paths(
-    paths: Sequence[np.ndarray], ax=None, *, color: str = "C0", label: str | None = None, unit: str = "m"
-):
+def plot_paths(paths: Sequence[np.ndarray], ax=None, *, color: str = "C0", label: str | None = None, unit: str = "m"):
     """Ways of the tool seen from above.
 
     Args:

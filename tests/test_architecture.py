@@ -80,7 +80,9 @@ def fresh(code: str) -> dict:
 
 
 def test_import_pulls_in_nothing_heavy():
-    loaded = fresh("import hf_vla_actions, sys, json; print(json.dumps(sorted({m.split('.')[0] for m in sys.modules})))")
+    loaded = fresh(
+        "import hf_vla_actions, sys, json; print(json.dumps(sorted({m.split('.')[0] for m in sys.modules})))"
+    )
     assert not {"peft", "accelerate", "datasets", "av", "matplotlib", "gymnasium", "pyarrow"} & set(loaded)
 
 

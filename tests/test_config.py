@@ -76,7 +76,10 @@ def test_keys_of_different_size_live_together():
         ({"prompt": "{instruction} {camera}"}, "instruction"),
         ({"spaces": {"other": SPACE}}, "no statistics"),
         ({"spaces": {"my_robot": ActionSpace(NAMES[:3])}}, "7 dimensions for the 3"),
-        ({"norm_stats": {"r": {"action": ActionStats(mean=[0.0], std=[1.0], mode="normal")}}, "spaces": {}}, "z-scores"),
+        (
+            {"norm_stats": {"r": {"action": ActionStats(mean=[0.0], std=[1.0], mode="normal")}}, "spaces": {}},
+            "z-scores",
+        ),
         ({"norm_stats": {}}, "at least one"),
     ],
 )

@@ -159,7 +159,9 @@ def test_permanent_limits_hold_without_being_asked_for():
             assert np.abs(policy.predict_action(**inputs, constraints=extra, mode=mode)[..., 2]).max() <= 0.002
 
 
-@pytest.mark.parametrize("options", [{"do_sample": True, "temperature": 0.7}, {"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}])
+@pytest.mark.parametrize(
+    "options", [{"do_sample": True, "temperature": 0.7}, {"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}]
+)
 def test_options_of_generate_keep_the_constraints(options):
     policy, images, sentences = make("llava", horizon=2)
     torch.manual_seed(0)
@@ -180,7 +182,9 @@ def test_options_of_generate_keep_the_constraints(options):
 def test_log_prob_is_that_of_the_model_on_its_own_tokens(options):
     policy, images, sentences = make("llava", horizon=2)
     inputs = policy.prepare(images, sentences)
-    out = policy.predict_action(**inputs, constraints=[Range("x", -0.01, 0.01)], mode="mask", return_dict=True, **options)
+    out = policy.predict_action(
+        **inputs, constraints=[Range("x", -0.01, 0.01)], mode="mask", return_dict=True, **options
+    )
     tokens = torch.as_tensor(out.token_ids)
     ids = torch.cat([inputs["input_ids"], tokens], dim=1)
     mask = torch.cat([inputs["attention_mask"], torch.ones_like(tokens)], dim=1)
@@ -356,4 +360,7 @@ def test_saved_processor_and_tokenizer_load_with_plain_transformers(tmp_path):
     text = f"<image>\n{policy.action_config.prompt_for(sentences[0])}"
     ids = processor(images=images[0], text=text, return_tensors="pt")["input_ids"]
     assert torch.equal(ids, policy.prepare(images[0], sentences[0])["input_ids"])
-    assert AutoTokenizer.from_pretrained(tmp_path).convert_tokens_to_ids("<act_000>") == policy.action_config.vocabulary.token_ids[0]
+    assert (
+        AutoTokenizer.from_pretrained(tmp_path).convert_tokens_to_ids("<act_000>")
+        == policy.action_config.vocabulary.token_ids[0]
+    )

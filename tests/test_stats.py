@@ -13,7 +13,9 @@ finite = st.floats(-1e3, 1e3, allow_nan=False)
 @given(rows=arrays(np.float64, (9, 3), elements=finite), mode=st.sampled_from(["bounds_q99", "bounds", "normal"]))
 def test_unnormalize_undoes_normalize_inside_the_bounds(rows, mode):
     stats = ActionStats.compute(rows, mask=[True, True, False], mode=mode)
-    low, high = {"bounds_q99": (stats.q01, stats.q99), "bounds": (stats.min, stats.max)}.get(mode, (rows.min(0), rows.max(0)))
+    low, high = {"bounds_q99": (stats.q01, stats.q99), "bounds": (stats.min, stats.max)}.get(
+        mode, (rows.min(0), rows.max(0))
+    )
     x = np.clip(rows, low, high)
     x[:, 2] = rows[:, 2]
     x[:, stats.constant] = (stats.mean if mode == "normal" else low)[stats.constant]

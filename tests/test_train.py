@@ -13,7 +13,6 @@ from hf_vla_actions.data import ChunkDataset, LeRobotDataset
 from hf_vla_actions.data.lerobot_writer import LeRobotWriter
 from hf_vla_actions.demo.tiny_vlm import build_vlm
 from hf_vla_actions.errors import TrainingError, VLAActionsError
-from hf_vla_actions.models import load_model
 from hf_vla_actions.train import ActionCollator, LoraArguments, VLATrainingArguments, add_lora, fine_tune
 from hf_vla_actions.train.__main__ import main
 from hf_vla_actions.train.arguments import DataArguments, ModelArguments
@@ -22,12 +21,21 @@ from hf_vla_actions.train.setup import chunk_datasets, load_policy, open_dataset
 
 LOW = np.array([-0.02, -0.03, -0.02, 0.0, -0.1, -0.2, 0.0])
 HIGH = np.array([0.02, 0.03, 0.02, 0.0, 0.1, 0.2, 1.0])
-SEVEN = ["--action_units", *"m m m rad rad rad none".split(), "--action_kind", "delta", "--action_frame", "base"]
+SEVEN = [
+    "--action_units",
+    *["m", "m", "m", "rad", "rad", "rad", "none"],
+    "--action_kind",
+    "delta",
+    "--action_frame",
+    "base",
+]
 
 
 def write_dataset(folder, *, episodes=4, steps=6, names=NAMES):
     rng = np.random.default_rng(0)
-    with LeRobotWriter(folder, fps=5, robot_type="test", action_names=names, image_shapes={"top": (48, 48, 3)}) as writer:
+    with LeRobotWriter(
+        folder, fps=5, robot_type="test", action_names=names, image_shapes={"top": (48, 48, 3)}
+    ) as writer:
         for episode in range(episodes):
             actions = rng.uniform(LOW, HIGH, (steps, 7))[:, : len(names)]
             if "gripper" in names:
@@ -108,7 +116,9 @@ def test_loss_is_that_of_the_native_model(chunks):
 def test_full_fine_tuning_learns_a_batch_saves_and_loads(make, chunks, tmp_path):
     policy = make(horizon=2)
     few = torch.utils.data.Subset(chunks, [0, 8])
-    args = arguments(tmp_path / "out", max_steps=150, learning_rate=3e-3, lr_scheduler_type="constant", freeze_vision=True)
+    args = arguments(
+        tmp_path / "out", max_steps=150, learning_rate=3e-3, lr_scheduler_type="constant", freeze_vision=True
+    )
     vision = {n: p.clone() for n, p in policy.named_parameters() if "vision_tower" in n}
     _, metrics = fine_tune(policy, few, args)
     assert metrics["train_token_accuracy"] >= 0.95
@@ -137,7 +147,10 @@ def test_lora_trains_adapters_of_the_language_model_and_the_new_rows_only(chunks
     assert len([name for name in trainable if "trainable_tokens" in name]) == 2, "input and output rows"
     new = torch.tensor(policy.action_config.vocabulary.token_ids.tolist())
     merged = model.merge_and_unload()
-    for layer, name in ((merged.get_input_embeddings(), "embed_tokens.weight"), (merged.get_output_embeddings(), "lm_head.weight")):
+    for layer, name in (
+        (merged.get_input_embeddings(), "embed_tokens.weight"),
+        (merged.get_output_embeddings(), "lm_head.weight"),
+    ):
         old = next(value for key, value in before.items() if key.endswith(name))
         changed = (layer.weight != old).any(dim=1).nonzero()[:, 0]
         assert set(changed.tolist()) <= set(new.tolist())
@@ -145,7 +158,9 @@ def test_lora_trains_adapters_of_the_language_model_and_the_new_rows_only(chunks
 
 
 @pytest.mark.parametrize("tie", [False, True])
-def test_adapter_loads_on_a_fresh_base_with_identical_logits_and_merges(tie, chunks, tmp_path, dataset_folder, base_folder):
+def test_adapter_loads_on_a_fresh_base_with_identical_logits_and_merges(
+    tie, chunks, tmp_path, dataset_folder, base_folder
+):
     if tie:
         policy = tiny_llama(horizon=2, tie=True)
         policy.save_pretrained(tmp_path / "base")
@@ -252,8 +267,25 @@ def test_held_out_episodes_are_whole_and_stay_out_of_the_statistics(dataset_fold
 
 
 def test_command_trains_and_a_trained_policy_gains_a_second_robot(dataset_folder, base_folder, tmp_path):
-    common = ["--use_cpu", "--max_steps", "1", "--save_strategy", "no", "--disable_tqdm", "true", "--eval_fraction", "0.25"]
-    first = ["--model_name_or_path", str(base_folder), "--dataset", str(dataset_folder), "--output_dir", str(tmp_path / "a")]
+    common = [
+        "--use_cpu",
+        "--max_steps",
+        "1",
+        "--save_strategy",
+        "no",
+        "--disable_tqdm",
+        "true",
+        "--eval_fraction",
+        "0.25",
+    ]
+    first = [
+        "--model_name_or_path",
+        str(base_folder),
+        "--dataset",
+        str(dataset_folder),
+        "--output_dir",
+        str(tmp_path / "a"),
+    ]
     assert main([*first, *common, *SEVEN, "--horizon", "2"]) == 0
     config = AutoModelForActionPrediction.from_pretrained(tmp_path / "a").action_config
     space = config.space("robot")
@@ -276,7 +308,11 @@ def launch(arguments, *, processes):
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     return subprocess.run(
         [*command, "-m", "hf_vla_actions.train", *arguments],
-        env=environment, capture_output=True, text=True, timeout=400, check=False,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
     )
 
 
@@ -285,10 +321,32 @@ def test_two_processes_train_as_one_with_twice_the_batch(dataset_folder, base_fo
     for processes, batch in ((1, 4), (2, 2)):
         out = tmp_path / f"out{processes}"
         done = launch(
-            ["--model_name_or_path", str(base_folder), "--dataset", str(dataset_folder), "--output_dir", str(out),
-             "--per_device_train_batch_size", str(batch), "--max_steps", "3", "--logging_steps", "1", "--use_cpu",
-             "--save_strategy", "steps", "--save_steps", "3", "--horizon", "2", "--use_peft", "--lora_r", "4",
-             "--seed", "5"],
+            [
+                "--model_name_or_path",
+                str(base_folder),
+                "--dataset",
+                str(dataset_folder),
+                "--output_dir",
+                str(out),
+                "--per_device_train_batch_size",
+                str(batch),
+                "--max_steps",
+                "3",
+                "--logging_steps",
+                "1",
+                "--use_cpu",
+                "--save_strategy",
+                "steps",
+                "--save_steps",
+                "3",
+                "--horizon",
+                "2",
+                "--use_peft",
+                "--lora_r",
+                "4",
+                "--seed",
+                "5",
+            ],
             processes=processes,
         )
         assert done.returncode == 0, done.stderr[-3000:]
@@ -324,7 +382,9 @@ def refusals(dataset_folder, base_folder, tmp_path):
 
 
 @pytest.mark.parametrize("case", range(15))
-def test_wrong_options_end_in_one_line_with_nothing_written_raises(case, dataset_folder, base_folder, tmp_path, capsys):
+def test_wrong_options_end_in_one_line_with_nothing_written_raises(
+    case, dataset_folder, base_folder, tmp_path, capsys
+):
     argv, message = refusals(dataset_folder, base_folder, tmp_path)[case]
     assert main([*argv, "--use_cpu", "--max_steps", "1"]) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]

@@ -9,7 +9,9 @@ from hf_vla_actions.errors import ActionTokenError
 
 
 @given(
-    chunk=arrays(np.float64, st.tuples(st.integers(1, 3), st.integers(1, 5), st.integers(1, 8)), elements=st.floats(-1, 1)),
+    chunk=arrays(
+        np.float64, st.tuples(st.integers(1, 3), st.integers(1, 5), st.integers(1, 8)), elements=st.floats(-1, 1)
+    ),
     scheme=st.sampled_from(["uniform", "openvla"]),
     n_bins=st.sampled_from([16, 256, 1024]),
 )

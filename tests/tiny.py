@@ -4,8 +4,16 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hf_vla_actions import ActionConfig, ActionSpace, ActionStats, ActionVocabulary, Gripper, NormStats, to_vla
-from hf_vla_actions import UniformActionTokenizer
+from hf_vla_actions import (
+    ActionConfig,
+    ActionSpace,
+    ActionStats,
+    ActionVocabulary,
+    Gripper,
+    NormStats,
+    UniformActionTokenizer,
+    to_vla,
+)
 from hf_vla_actions.demo.tiny_vlm import build_tokenizer, build_vlm
 
 INSTRUCTIONS = ("move to the red block", "push the green block onto the plate", "turn lever vertical to front")
@@ -41,7 +49,9 @@ def tiny_llava(*, horizon=1, layout="append", seed=0, **kwargs):
     """A LLaVA policy with random weights."""
     tokenizer = tiny_tokenizer()
     model, processor = build_vlm(tokenizer, seed=seed)
-    return to_vla(model, processor, action_config(processor.tokenizer, horizon=horizon, layout=layout, **kwargs)).eval()
+    return to_vla(
+        model, processor, action_config(processor.tokenizer, horizon=horizon, layout=layout, **kwargs)
+    ).eval()
 
 
 def tiny_llama(*, horizon=1, layout="append", seed=0, tie=False, **kwargs):

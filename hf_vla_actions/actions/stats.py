@@ -121,6 +121,11 @@ class ActionStats:
             same = same | (self.min == self.max)
         return same & self.mask
 
+    @property
+    def _normalized(self) -> np.ndarray:
+        """(dof,) bool: dimensions that are scaled: not masked, not constant."""
+        return np.asarray(self.mask) & ~self.constant
+
     def _scale(self) -> tuple[np.ndarray, np.ndarray]:
         low, high = (getattr(self, name) for name in NEEDED[self.mode])
         return low, high
@@ -130,11 +135,11 @@ class ActionStats:
         x = self._checked(actions, "actions")
         first, second = self._scale()
         if self.mode == "normal":
-            normalized = (x - first) / np.where(self.constant | ~self.mask, 1.0, second)
+            normalized = (x - first) / np.where(self._normalized, second, 1.0)
         else:
-            width = np.where(self.constant | ~self.mask, 1.0, second - first)
+            width = np.where(self._normalized, second - first, 1.0)
             normalized = np.clip(2.0 * (x - first) / width - 1.0, -1.0, 1.0)
-        return np.where(self.mask, np.where(self.constant, 0.0, normalized), x)
+        return np.where(self._normalized, normalized, np.where(self.constant, 0.0, x))
 
     def unnormalize(self, normalized) -> np.ndarray:
         """Normalized to real units. (..., dof) to (..., dof) float64; values outside [-1, 1] are extrapolated."""
@@ -144,7 +149,7 @@ class ActionStats:
             actions = x * second + first
         else:
             actions = 0.5 * (x + 1.0) * (second - first) + first
-        return np.where(self.mask, np.where(self.constant, first, actions), x)
+        return np.where(self._normalized, actions, np.where(self.constant, first, x))
 
     def _checked(self, array, what: str) -> np.ndarray:
         x = _finite(array, what)

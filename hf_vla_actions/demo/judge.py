@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import gymnasium
 import numpy as np
 
-from hf_vla_actions.constraints import Constraint, Range
+from hf_vla_actions.constraints import Range
 from hf_vla_actions.demo.world import TabletopEnv
 from hf_vla_actions.evaluate import Rollout, rollouts
 
@@ -31,7 +31,7 @@ class Limits:
     low: tuple[float, float, float] = (-0.135, -0.135, 0.045)
     high: tuple[float, float, float] = (0.135, 0.135, 0.16)
 
-    def constraints(self, obs: dict[str, Any]) -> list[Constraint]:
+    def constraints(self, obs: dict[str, Any]) -> list[Range]:
         """The limits of the next action, in meters, where the tool is now."""
         ranges = zip(AXES, obs["proprio"][:3], self.low, self.high, strict=True)
         return [
@@ -107,7 +107,7 @@ class Swapped(gymnasium.ObservationWrapper):
 
     def observation(self, observation):
         """Replace the sentence by that of another block."""
-        return {**observation, "instruction": self.unwrapped.swapped_instruction()}
+        return {**observation, "instruction": cast(TabletopEnv, self.unwrapped).swapped_instruction()}
 
 
 def predictor(policy, limits: Limits | None = None, mode: str = "project") -> Callable:

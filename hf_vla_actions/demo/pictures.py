@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from hf_vla_actions.constraints import Constraint
+from hf_vla_actions.constraints import Range
 from hf_vla_actions.decoding import TACOLogitsProcessor
 from hf_vla_actions.demo.judge import Limits
 from hf_vla_actions.demo.world import TABLE
@@ -16,7 +16,7 @@ from hf_vla_actions.evaluate import Rollout
 from hf_vla_actions.plots import new_figure, plot_distributions, plot_paths
 
 
-def first_dimension(policy, obs, constraints: Sequence[Constraint], mode: str | None) -> np.ndarray:
+def first_dimension(policy, obs, constraints: Sequence[Range], mode: str | None) -> np.ndarray:
     """(n_codes,) probabilities of the first action dimension for one observation.
 
     Args:
@@ -68,7 +68,7 @@ def draw_figure(
         values * 1000,
         distributions,
         axes[2],
-        allowed=(constraints[0].low * 1000, constraints[0].high * 1000),
+        allowed=tuple(np.array([constraints[0].low, constraints[0].high], dtype=float) * 1000),
         name="x of one action [mm]",
     )
     axes[2].set_title(f'"{obs["instruction"]}"')

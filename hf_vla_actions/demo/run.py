@@ -8,6 +8,7 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -88,7 +89,7 @@ def run_demo(folder: Path, settings: DemoSettings = FULL, *, seed: int = 0, limi
     trained = time.monotonic() - begin
 
     seeds = range(UNSEEN + 1000 * seed, UNSEEN + 1000 * seed + settings.judged)
-    options = {"max_steps": settings.max_steps, "keep_frames": True}
+    options: dict[str, Any] = {"max_steps": settings.max_steps, "keep_frames": True}
     free = run(policy, "free", seeds, **options)
     rows = [
         summarize("free", free, limits),
@@ -161,7 +162,7 @@ def prove_checkpoint(policy, folder: Path, obs: dict) -> None:
     inputs = policy.prepare(obs["images"], obs["instruction"])
     expected = policy.predict_action(**inputs)
     again = AutoModelForActionPrediction.from_pretrained(folder)
-    plain = AutoModelForImageTextToText.from_pretrained(folder)
+    plain: Any = AutoModelForImageTextToText.from_pretrained(folder)
     config = ActionConfig.from_pretrained(folder)
     ids = plain.generate(
         **inputs, logits_processor=[TACOLogitsProcessor([], config)], max_new_tokens=64, do_sample=False

@@ -57,7 +57,7 @@ def load_model(path: str, **kwargs: Any) -> tuple[Any, Any]:
     try:
         config = AutoConfig.from_pretrained(path, **_hub(kwargs))
         family = family_of(config)
-        auto = AutoModelForImageTextToText if family.takes_images else AutoModelForCausalLM
+        auto: Any = AutoModelForImageTextToText if family.takes_images else AutoModelForCausalLM
         model, info = auto.from_pretrained(path, output_loading_info=True, **kwargs)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"no model to be had from {path!r}: {str(error).splitlines()[0]}") from None

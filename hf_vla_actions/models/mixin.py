@@ -179,7 +179,10 @@ class ActionPredictionMixin:
                 raise VLAActionsError(f"an observation needs {missing}; it has {sorted(obs)}")
             wanted = constraints(obs) if isinstance(constraints, Callable) else constraints  # type: ignore[arg-type]
             inputs = self.prepare(obs["images"], obs["instruction"])
-            return self.predict_action(**inputs, unnorm_key=key, constraints=wanted, mode=mode, **generate_options)[0]
+            chunks: Any = self.predict_action(
+                **inputs, unnorm_key=key, constraints=wanted, mode=mode, **generate_options
+            )
+            return chunks[0]
 
         return ChunkPolicy(predict_chunk, execute_steps)
 

@@ -53,9 +53,9 @@ def main(argv: list[str] | None = None) -> int:
     inputs = policy.prepare(images if policy.prompts.family.takes_images else None, instruction)
     columns = {"free": policy.predict_action(**inputs, unnorm_key=key)[0]}
     if constraints is not None:
-        columns[args.mode] = policy.predict_action(
-            **inputs, unnorm_key=key, constraints=constraints, mode=args.mode
-        )[0]
+        columns[args.mode] = policy.predict_action(**inputs, unnorm_key=key, constraints=constraints, mode=args.mode)[
+            0
+        ]
     sys.stdout.write(f"instruction: {instruction}\nunnorm_key:  {key}\n")
     if constraints is not None:
         sys.stdout.write(f"constraints: {'; '.join(map(str, constraints))}\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -15,7 +16,7 @@ from hf_vla_actions.models.prompts import PromptBuilder
 logger = logging.getLogger(__name__)
 
 
-def to_vla(model: PreTrainedModel, processor, config: ActionConfig) -> PreTrainedModel:
+def to_vla(model, processor, config: ActionConfig) -> Any:
     """Give a model the methods of `ActionPredictionMixin`; changes and returns that model.
 
     The embeddings grow if the action tokens need rows (they never shrink). What is saved later keeps the native
@@ -43,11 +44,12 @@ def to_vla(model: PreTrainedModel, processor, config: ActionConfig) -> PreTraine
     _end_with(model, config.vocabulary.end_token_id)
     if not isinstance(model, ActionPredictionMixin):
         model.__class__ = _policy_class(type(model))
-    model.action_config, model.processor, model.prompts = config, processor, prompts
-    return model
+    policy: Any = model
+    policy.action_config, policy.processor, policy.prompts = config, processor, prompts
+    return policy
 
 
-def grow_embeddings(model: PreTrainedModel, vocabulary, tokenizer_length: int) -> None:
+def grow_embeddings(model, vocabulary, tokenizer_length: int) -> None:
     """Add rows for tokens the embeddings do not have yet; never shrinks, keeps a multiple of 64 if it was one.
 
     New rows start near the mean of the old ones (Transformers' `mean_resizing`).

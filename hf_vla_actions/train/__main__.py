@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     from argparse import RawDescriptionHelpFormatter
 
     parser = HfArgumentParser(
-        [ModelArguments, DataArguments, LoraArguments, VLATrainingArguments],
+        [ModelArguments, DataArguments, LoraArguments, VLATrainingArguments],  # type: ignore[list-item]
         prog="hf-vla train",
         description=DESCRIPTION,
         formatter_class=RawDescriptionHelpFormatter,

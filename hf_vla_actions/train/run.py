@@ -68,13 +68,13 @@ def fine_tune(
     metrics.update(trainer.evaluate(_sample(train_dataset, args.seed), metric_key_prefix="train"))
     trainer.save_model()
     if trainer.is_world_process_zero():
-        _write_json(Path(args.output_dir) / METRICS_FILE, metrics)
+        _write_json(Path(str(args.output_dir)) / METRICS_FILE, metrics)
     return model, metrics
 
 
 def prepare_output(args: VLATrainingArguments) -> str | None:
     """Refuse a folder that would be overwritten; return the checkpoint to resume from, if any."""
-    folder = Path(args.output_dir)
+    folder = Path(str(args.output_dir))
     if folder.exists() and not folder.is_dir():
         raise TrainingError(f"output_dir {folder} is a file")
     resume = args.resume_from_checkpoint

@@ -27,8 +27,8 @@ class VLATrainer(Trainer):
     """
 
     def __init__(self, model, args, *, unnorm_key: str | None = None, **kwargs: Any):
-        policy = model if isinstance(model, ActionPredictionMixin) else model.get_base_model()
-        self.policy = policy
+        policy: Any = model if isinstance(model, ActionPredictionMixin) else model.get_base_model()
+        self.policy: Any = policy
         self.unnorm_key = policy.action_config.resolve(unnorm_key)
         super().__init__(
             model,
@@ -74,23 +74,27 @@ class VLATrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         # Trainer would give the file's weight names to the model as they are. Where Transformers converts names on
         # loading (LLaVA does), none fits, and training would go on from the weights it started with.
-        if self.policy is not (model or self.model) or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if not self._whole_policy(model or self.model):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         saved, _ = load_model(resume_from_checkpoint, dtype=self.policy.dtype)
         self.policy.load_state_dict(saved.state_dict())
 
     def _load_best_model(self) -> None:
-        if self.policy is self.model and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            self._load_from_checkpoint(self.state.best_model_checkpoint)
+        if self._whole_policy(self.model):
+            self._load_from_checkpoint(str(self.state.best_model_checkpoint))
             return
         super()._load_best_model()
+
+    def _whole_policy(self, model) -> bool:
+        """Whether `model` is the policy itself, in one piece: no adapter around it, not cut over processes."""
+        return model is self.policy and not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
         if self.policy is self.accelerator.unwrap_model(self.model):
             super()._save(output_dir, state_dict)
             return
-        save_adapter(self.accelerator.unwrap_model(self.model), Path(output_dir or self.args.output_dir))
+        save_adapter(self.accelerator.unwrap_model(self.model), Path(str(output_dir or self.args.output_dir)))
 
 
 def chunk_metrics(config: ActionConfig, unnorm_key: str, codes: np.ndarray, labels: np.ndarray) -> dict[str, float]:
