@@ -320,8 +320,8 @@ def test_to_vla_refuses_what_it_cannot_use_raises():
         to_vla(torch.nn.Linear(1, 1), processor, config)
     with pytest.raises(VLAActionsError, match="cannot generate"):
         to_vla(model.model, processor, config)
+    other = build_vlm(tiny_tokenizer(), seed=0)[1]
     with pytest.raises(ActionTokenError, match="does not belong"):
-        other = build_vlm(tiny_tokenizer(), seed=0)[1]
         to_vla(model, other, config)
 
 
