@@ -25,19 +25,19 @@ NEUTRAL_GENERATION: dict[str, Any] = {
     "do_sample": False,
     "num_beams": 1,
     "num_return_sequences": 1,
+    "repetition_penalty": 1.0,
+    "encoder_repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "length_penalty": 1.0,
+}
+NEUTRAL_SAMPLING: dict[str, Any] = {
     "temperature": 1.0,
     "top_k": 0,
     "top_p": 1.0,
     "typical_p": 1.0,
     "epsilon_cutoff": 0.0,
     "eta_cutoff": 0.0,
-    "repetition_penalty": 1.0,
-    "encoder_repetition_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-    "encoder_no_repeat_ngram_size": 0,
-    "length_penalty": 1.0,
-    "min_length": 0,
-    "min_new_tokens": 0,
 }
 RESERVED = ("logits_processor", "max_new_tokens", "max_length", "return_dict_in_generate", "output_logits")
 
@@ -127,10 +127,11 @@ class ActionPredictionMixin:
             temperature=kwargs.get("temperature", 1.0) if kwargs.get("do_sample") else 1.0,
         )
         n_tokens = self.action_config.n_tokens(key)
+        neutral = NEUTRAL_GENERATION | (NEUTRAL_SAMPLING if kwargs.get("do_sample") else {})
         out = self.generate(  # type: ignore[attr-defined]
             input_ids=input_ids,
             logits_processor=LogitsProcessorList([taco]),
-            **{**NEUTRAL_GENERATION, "pad_token_id": self.action_config.vocabulary.end_token_id, **kwargs},
+            **{**neutral, "pad_token_id": self.action_config.vocabulary.end_token_id, **kwargs},
             max_new_tokens=n_tokens,
             return_dict_in_generate=True,
             output_logits=return_dict,
