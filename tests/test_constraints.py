@@ -219,7 +219,7 @@ def test_between_two_tokens_projection_can_what_the_grid_cannot():
     chunk = VALUES[:, 30].reshape(1, 1, 5)
     assert bound.project(chunk)[0, 0, 0] == low
     with pytest.raises(InfeasibleConstraintError):
-        bind([Range("x", 0.029, 1.0)], SPACE, VALUES, 1, grid=False)
+        bind([Range("x", 0.0281, 1.0)], SPACE, VALUES, 1, grid=False)
     bind([Range("x", 0.02799, 1.0)], SPACE, VALUES, 1, grid=False)  # within half a bin of the last token
 
 
@@ -387,3 +387,41 @@ def test_values_and_chunks_of_the_wrong_form_are_refused():
         bound.project(np.full((2, 5), np.nan))
     with pytest.raises(ConstraintError, match="without token values"):
         _ = bind([Range("x", 0, 1)], SPACE, None, 2, grid=False).allowed
+
+
+def test_the_bounds_of_the_statistics_are_within_half_a_bin_of_a_token():
+    # The outermost tokens lie half a bin inside; asking for the bound itself must not fail by rounding.
+    rng = np.random.default_rng(3)
+    centers = UniformActionTokenizer(256).grid.values
+    space = ActionSpace(["x"], ["m"])
+    for _ in range(300):
+        low = rng.normal() * 10.0 ** rng.integers(-3, 3)
+        high = low + abs(rng.normal()) * 10.0 ** rng.integers(-4, 2)
+        values = (low + (centers + 1) / 2 * (high - low))[None]
+        for bound, code in ((low, 0), (high, 255)):
+            assert bind([Fix("x", bound)], space, values, 1).allowed[0, 0, 0, code]
+            assert bind([Fix("x", bound)], space, values, 1, grid=False).project([[values[0, 9]]]) == bound
+
+
+def test_nearest_finds_its_way_among_tokens_of_equal_value():
+    values = np.array([[0.0, 0.0, 1.0, 1.0, 2.0, 2.0, 3.0]])
+    bound = bind([Forbid("x", 1.5, 2.5)], ActionSpace(["x"], ["m"]), values, 1)
+    assert values[0, bound.nearest[0, 0, 0]].tolist() == [0, 0, 1, 1, 1, 1, 3]
+    assert bound.nearest[0, 0, 0, :4].tolist() == [0, 1, 2, 3]
+
+
+def test_soft_targets_move_nothing_when_projecting():
+    chunk = np.full((1, 1, 5), 0.7)
+    bound = bind([Target("x", 0.0, sigma=0.001)], SPACE, VALUES, 1, grid=False)
+    assert bound.project(chunk)[..., :4].tobytes() == chunk[..., :4].tobytes()
+    assert project(chunk, [Target("x", 0.0, sigma=0.001)], SPACE)[0, 0, 0] == 0.7
+
+
+def test_projecting_a_continuous_chunk_adds_the_limits():
+    chunk = np.full((2, 3, 5), 0.7, dtype=np.float32)
+    moved = project(chunk, [[Range("y", None, 0.2)], []], SPACE, limits=[Range("x", -0.5, 0.5)])
+    assert moved.dtype == np.float64
+    assert (moved[..., 0] == 0.5).all()
+    assert moved[:, 0, 1].tolist() == [0.2, float(np.float32(0.7))]
+    with pytest.raises(ConstraintError, match="2 lists of constraints for a batch of 4"):
+        project(np.zeros((4, 3, 5)), [[], []], SPACE)

@@ -428,6 +428,16 @@ def test_a_prompt_that_ends_in_action_tokens_needs_its_length(model):
     assert generate(model, TACOLogitsProcessor(SPEC, CONFIG), ids).shape[1] == 2 + N + 1
 
 
+def test_action_tokens_inside_the_prompt_do_not_count():
+    action = int(CONFIG.vocabulary.token_ids[5])
+    ids = torch.tensor([[action, action, 7, action], [action, 7, action, 7]])
+    scores = torch.randn(2, VOCABULARY_SIZE, generator=torch.Generator().manual_seed(14))
+    result = TACOLogitsProcessor(SPEC, CONFIG)(ids, scores)
+    first = TACOLogitsProcessor(SPEC, CONFIG, prompt_length=4)(ids, scores)
+    second = TACOLogitsProcessor(SPEC, CONFIG, prompt_length=3)(ids, scores)
+    assert torch.equal(result, torch.stack([second[0], first[1]]))
+
+
 def test_each_sample_has_its_own_constraints_through_beams_and_sequences(model):
     per_sample = [[Range("x", None, -0.02)], [Range("x", 0.02, None)], []]
     ids = torch.randint(3, 40, (3, 6), generator=torch.Generator().manual_seed(9))
@@ -564,6 +574,24 @@ def test_a_row_without_a_token_raises_instead_of_emitting_token_zero(bad, mode, 
     scores[1] = bad
     with pytest.raises(ConstraintError, match="no action token is left in row 1"):
         processor(at(CONFIG, position, rows=3), scores)
+
+
+@pytest.mark.parametrize("prompt_length", [3, None])
+def test_a_closing_token_that_is_forbidden_raises(prompt_length):
+    processor = TACOLogitsProcessor([], CONFIG, prompt_length=prompt_length)
+    scores = torch.zeros(2, VOCABULARY_SIZE)
+    scores[:, END] = -torch.inf
+    with pytest.raises(ConstraintError, match="min_new_tokens"):
+        processor(at(CONFIG, N, rows=2), scores)
+    processor(at(CONFIG, N - 1, rows=2), scores)
+
+
+def test_half_precision_scores_are_added_in_single_precision():
+    processor = TACOLogitsProcessor(SPEC, CONFIG, mode="transport")
+    scores = torch.randn(8, VOCABULARY_SIZE, generator=torch.Generator().manual_seed(15)).bfloat16()
+    for position in range(N):
+        ids = at(CONFIG, position, rows=8)
+        assert torch.equal(processor(ids, scores), processor(ids, scores.float()).bfloat16())
 
 
 def test_another_processor_may_forbid_some_tokens_but_not_all():

@@ -10,6 +10,7 @@ from hf_vla_actions.demo.world import (
     ACTION_UNITS,
     BLOCK_RADIUS,
     CEILING,
+    COLORS,
     CONTACT,
     FLOOR,
     RATE_HZ,
@@ -89,7 +90,7 @@ def test_only_the_table_bounds_a_move():
 
 
 def test_reached_means_near_and_low():
-    env = world(tool=(0.0, 0.0, 0.1), red=(0.02, 0.0), blue=(0.1, 0.1))
+    env = world(tool=(0.0, 0.0, 0.1), red=(0.02, 0.0), green=(0.1, 0.1))
     assert not env.success  # near but high
     _, reward, terminated, _, info = env.step(action(z=-0.03))
     assert (reward, terminated, info["success"]) == (1.0, True, True)
@@ -98,14 +99,14 @@ def test_reached_means_near_and_low():
 
 
 def test_the_other_block_is_no_success():
-    env = world(tool=(0.1, 0.1, 0.06), red=(0.0, 0.0), blue=(0.1, 0.1))
+    env = world(tool=(0.1, 0.1, 0.06), red=(0.0, 0.0), green=(0.1, 0.1))
     assert not env.step(action())[4]["success"]
     assert env.instruction == "move to the red block"
-    assert env.swapped_instruction() == "move to the blue block"
+    assert env.swapped_instruction() == "move to the green block"
 
 
 def test_low_tool_pushes_and_high_tool_passes_over():
-    low, high = (world(tool=(0.0, 0.0, z), blue=(0.1, 0.1), red=(0.05, 0.0)) for z in (0.02, 0.06))
+    low, high = (world(tool=(0.0, 0.0, z), green=(0.1, 0.1), red=(0.05, 0.0)) for z in (0.02, 0.06))
     low.step(action(0.04))
     high.step(action(0.04))
     np.testing.assert_allclose(low.blocks["red"], [0.04 + CONTACT, 0.0], atol=1e-9)
@@ -163,19 +164,19 @@ def test_both_ways_round_are_taken_and_equally_long():
 
 
 def test_every_block_and_the_tool_are_visible_from_the_start():
-    env = TabletopEnv("reach", num_blocks=4)
+    env = TabletopEnv("reach", num_blocks=len(COLORS))
     for seed in range(20):
         picture = env.reset(seed=seed)[0]["images"].astype(int)
-        for color in ((230, 30, 30), (30, 200, 50), (40, 80, 255), (250, 220, 30)):
+        for color in COLORS.values():
             assert (np.abs(picture - color).max(-1) < 40).sum() >= 12
-        assert (picture.min(-1) > 150).sum() >= 5  # the white ring
+        assert (np.abs(picture - (0, 0, 255)).max(-1) < 80).sum() >= 8  # the ring
 
 
 def test_the_ring_leaves_the_reached_block_in_view():
     env = world(tool=(0.0, 0.0, 0.055), red=(0.0, 0.0))
     picture = env.step(action())[0]["images"].astype(int)
     pixel = 48 / (2 * TABLE)
-    red = (np.abs(picture - (230, 30, 30)).max(-1) < 60).sum()
+    red = (np.abs(picture - (255, 0, 0)).max(-1) < 60).sum()
     assert red > 0.3 * (2 * BLOCK_RADIUS * pixel) ** 2
 
 
@@ -187,7 +188,7 @@ def test_picture_has_the_size_asked_for_and_y_points_up():
     env._pose[:3] = -0.1, -0.1, 0.06
     picture = env.render().astype(int)
     assert picture.shape == (64, 64, 3)
-    rows, columns = np.nonzero(np.abs(picture - (230, 30, 30)).max(-1) < 20)
+    rows, columns = np.nonzero(np.abs(picture - (255, 0, 0)).max(-1) < 20)
     assert rows.mean() < 32 < columns.mean()
 
 
@@ -212,7 +213,7 @@ def test_malformed_action_moves_nothing_and_raises(bad):
 def test_wrong_arguments_raises():
     for build in (
         lambda: TabletopEnv("fly"),
-        lambda: TabletopEnv(num_blocks=5),
+        lambda: TabletopEnv(num_blocks=3),
         lambda: TabletopEnv(num_blocks=0),
         lambda: TabletopEnv(image_size=4),
         lambda: Expert(TabletopEnv(), max_step=0.0),

@@ -1,0 +1,113 @@
+"""Everything the README shows is executed."""
+
+import doctest
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny import picture, sharpen, tiny_llava
+from transformers import HfArgumentParser
+
+from hf_vla_actions.cli import COMMANDS
+from hf_vla_actions.models.predict import parser as predict_parser
+from hf_vla_actions.train.arguments import DataArguments, LoraArguments, ModelArguments, VLATrainingArguments
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder as the demo leaves it, with a policy that was never trained."""
+    folder = tmp_path_factory.mktemp("readme")
+    sharpen(tiny_llava()).save_pretrained(folder / "outputs/demo/policy")
+    Image.fromarray(picture(0)).save(folder / "outputs/demo/frame.png")
+    return folder
+
+
+def test_python_blocks_run_one_after_the_other(place, monkeypatch):
+    monkeypatch.chdir(place)
+    names = {}
+    # The refusal is tested on its own; the last block needs a model of the Hub, here a local one of the same type.
+    for block in blocks("python"):
+        if ">>>" in block:
+            continue
+        block = block.replace('"llava-hf/llava-1.5-7b-hf"', f'"{native_llava(place)}"')
+        exec(compile(block, "README.md", "exec"), names)
+        if "normalized" in names and "policy" not in names:
+            assert names["actions"].shape == (1, 7)
+            assert abs(names["actions"][0, 0]) <= 0.005
+            assert names["actions"][0, 6] == 1.0
+    assert names["actions"].shape == (1, 1, 7)
+    obs = {"images": picture(1), "instruction": "move to the red block"}
+    assert abs(names["policy"](obs)[2]) <= 0.01
+    assert names["vla"].action_config.space().names == ("x", "y", "gripper")
+
+
+def native_llava(place):
+    from tiny import tiny_tokenizer
+
+    from hf_vla_actions.demo.tiny_vlm import build_vlm
+
+    model, processor = build_vlm(tiny_tokenizer(), seed=0)
+    model.save_pretrained(place / "base")
+    processor.save_pretrained(place / "base")
+    return place / "base"
+
+
+def test_refusal_reads_as_shown(place):
+    from hf_vla_actions import AutoModelForActionPrediction
+    from hf_vla_actions.constraints import Fix
+
+    (block,) = [block for block in blocks("python") if ">>>" in block]
+    (example,) = doctest.DocTestParser().get_examples(block)
+    shown = block.splitlines()[1].removeprefix("InfeasibleConstraintError: ").split(" in 'x'")[0]
+    vla = AutoModelForActionPrediction.from_pretrained(place / "outputs/demo/policy")
+    inputs = vla.prepare(picture(0), "move to the red block")
+    with pytest.raises(ValueError, match=re.escape(shown)):
+        eval(example.source, {"vla": vla, "inputs": inputs, "Fix": Fix})
+
+
+def commands():
+    joined = [re.sub(r"\\\n\s*", "", block) for block in blocks("bash")]
+    return [line for block in joined for line in block.splitlines() if line.strip()]
+
+
+def test_training_command_has_options_that_exist():
+    (line,) = [line for line in commands() if line.startswith("accelerate launch -m hf_vla_actions.train ")]
+    parser = HfArgumentParser([ModelArguments, DataArguments, LoraArguments, VLATrainingArguments])
+    arguments = line.split()[4:]
+    arguments.remove("--bf16")  # refused where there is no device for it
+    model, data, lora, args = parser.parse_args_into_dataclasses(arguments)
+    assert (lora.use_peft, lora.lora_r, lora.lora_alpha, lora.lora_dropout) == (True, 64, 16, 0.05)
+    assert data.action_units == ["m", "m", "m", "rad", "rad", "rad", "none"]
+    assert args.output_dir == "./policy"
+    assert model.model_name_or_path == "llava-hf/llava-1.5-7b-hf"
+
+
+def test_predict_command_has_options_that_exist():
+    import shlex
+
+    (line,) = [line for line in commands() if line.startswith("hf-vla predict")]
+    assert predict_parser().parse_args(shlex.split(line)[2:]).step == 3
+
+
+def test_set_up_is_two_lines_and_ci_runs_the_second():
+    setup = [line for line in commands() if line.startswith("python3 -m venv")]
+    assert len(setup) == 2
+    assert "hf-vla demo" in setup[0]
+    assert "demo" in COMMANDS
+    assert setup[1] in (ROOT / ".ci/run").read_text().splitlines()
+
+
+def test_pictures_and_links_exist():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+    with Image.open(ROOT / "docs/demo_figure.png") as figure:
+        assert np.array(figure).std() > 10, "not an empty sheet"
