@@ -17,6 +17,8 @@ MAX_STEP = 0.03
 """Longest move of the expert along each axis in one step, meters."""
 MAX_TURN = 0.3
 """Largest turn of the expert in one step, radians."""
+JOG = 0.03
+"""The expert moves in whole jogs, like a hand on a teach pendant: fewer different actions, quicker learned; meters."""
 _TRAVEL_HEIGHT = 0.055  # above the blocks, low enough to count as reached
 _PUSHING_HEIGHT = 0.02
 _CLEARANCE = TOOL_RADIUS + 0.014  # from the wall's surface to the way round it
@@ -65,8 +67,11 @@ class Expert:
         return np.array([*delta, 0.0, 0.0, turn, gripper])
 
     def _travel(self, xy: np.ndarray, z: float) -> np.ndarray:
-        """Delta (3,) towards a point, each axis at full speed until it is there."""
-        return np.clip(np.append(xy, z) - self.env.pose[:3], -self.max_step, self.max_step)
+        """Delta (3,) towards a point, each axis at full speed until it is there (within half a jog when reaching)."""
+        away = np.append(xy, z) - self.env.pose[:3]
+        if self.env.task == "reach":
+            away = np.round(away / JOG) * JOG
+        return np.clip(away, -self.max_step, self.max_step)
 
     def _next_waypoint(self) -> np.ndarray:
         """The block itself, or the next corner (2,) of the way round the wall."""

@@ -11,6 +11,7 @@ Notable decisions:
 - The tool pushes blocks when it is low (below `PUSH_HEIGHT`) and passes over them when it is high. Blocks do not
   touch each other, and do not stop at the wall.
 - The wall is taller than the table's free space: it can be passed only on the left or the right.
+- Colors make seeing easy on purpose: on a white table, red and green blocks and a blue tool are linearly independent.
 - Wrist angles are followed and drawn (yaw), but no success depends on them. Roll and pitch stay zero in every
   scripted demonstration: real datasets have constant dimensions too.
 """
@@ -34,7 +35,7 @@ ACTION_FRAME = "world"
 RATE_HZ = 5.0
 
 TASKS = ("reach", "detour", "push")
-COLORS = {"red": (230, 30, 30), "green": (30, 200, 50), "blue": (40, 80, 255), "yellow": (250, 220, 30)}
+COLORS = {"red": (255, 0, 0), "green": (0, 255, 0)}
 INSTRUCTIONS = {
     "reach": "move to the {color} block",
     "detour": "go around the wall to the {color} block",
@@ -43,14 +44,14 @@ INSTRUCTIONS = {
 
 TABLE = 0.15  # half the edge of the square table, meters; x to the right and y up in the picture
 FLOOR, CEILING = 0.01, 0.20  # meters above the table that the tool can reach
-BLOCK_RADIUS = 0.022  # half the edge in the picture, radius in contact
+BLOCK_RADIUS = 0.025  # half the edge in the picture, radius in contact
 TOOL_RADIUS = 0.008
 CONTACT = BLOCK_RADIUS + TOOL_RADIUS
 PUSH_HEIGHT = 0.035  # below this the tool touches blocks
 REACH_HEIGHT = 0.08  # below this a block counts as reached
 PLATE_RADIUS = 0.04
 _SUBSTEP = 0.004  # meters between two looks at contacts
-_BACKGROUND, _WALL_COLOR, _PLATE_COLOR, _TOOL_COLOR = (36, 38, 44), (128, 84, 60), (150, 150, 160), (255, 255, 255)
+_BACKGROUND, _WALL_COLOR, _PLATE_COLOR, _TOOL_COLOR = (255, 255, 255), (60, 60, 60), (200, 200, 200), (0, 0, 255)
 
 
 class WorldError(VLAActionsError):
@@ -90,7 +91,7 @@ class TabletopEnv(gymnasium.Env):
         task: "reach" (tool above the named block), "detour" (the same behind a wall, with two equally long ways
             round) or "push" (named block onto the plate).
         image_size: Edge of the square picture, pixels.
-        num_blocks: Blocks on the table, 1 to 4, all of different colors.
+        num_blocks: Blocks on the table, 1 or 2, all of different colors.
         tolerance: Horizontal distance that counts as reached, meters.
         max_episode_steps: Steps until `truncated`; 24 for reach, 48 otherwise, unless given.
         render_mode: None or "rgb_array".
@@ -103,7 +104,7 @@ class TabletopEnv(gymnasium.Env):
         task: str = "reach",
         *,
         image_size: int = 48,
-        num_blocks: int = 3,
+        num_blocks: int = 2,
         tolerance: float = 0.025,
         max_episode_steps: int | None = None,
         render_mode: str | None = None,
@@ -181,7 +182,6 @@ class TabletopEnv(gymnasium.Env):
         self.plate: np.ndarray | None = None
         self._pose = np.zeros(6)
         self._pose[2] = rng.uniform(0.07, 0.14)
-        self._pose[5] = rng.uniform(-0.6, 0.6)
         self.gripper = 1.0
         taken: list[np.ndarray] = []
         if self.task == "detour":
@@ -199,10 +199,10 @@ class TabletopEnv(gymnasium.Env):
             taken.append(self.plate)
         self.blocks = {self.target: target}
         for color in colors[1:]:
-            taken.append(self._place(taken, 0.12, 0.07))
+            taken.append(self._place(taken, 0.12, 0.11 if self.task == "reach" else 0.07))
             self.blocks[color] = taken[-1]
         if self.task != "detour":
-            self._pose[:2] = self._place([target], 0.13, 0.06)
+            self._pose[:2] = self._place([target], 0.05 if self.task == "reach" else 0.13, 0.06)
         self.episode += 1
         self._steps, self._started = 0, True
         return self._observation(), self._info()
@@ -293,8 +293,8 @@ class TabletopEnv(gymnasium.Env):
         for color, block in self.blocks.items():
             self._paint(picture, self._box(block, (BLOCK_RADIUS, BLOCK_RADIUS)), COLORS[color])
         x, y, z, _, _, yaw = self._pose
-        ring = 0.012 + 0.1 * z
-        line = 0.0045
+        ring = 0.010 + 0.15 * z
+        line = 0.010
         from_center = self._radius((x, y))
         along = (self._pixel_x - x) * math.cos(yaw) + (self._pixel_y - y) * math.sin(yaw)
         across = (self._pixel_y - y) * math.cos(yaw) - (self._pixel_x - x) * math.sin(yaw)
