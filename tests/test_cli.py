@@ -56,7 +56,17 @@ def column(text, name):
 
 @pytest.mark.parametrize("mode", ["project", "transport", "mask"])
 def test_predict_prints_free_and_bound_actions_beside_the_demonstration(place, capsys, mode):
-    argv = ["predict", "--policy", str(place / "policy"), "--dataset", str(place / "robot"), "--episode", "1", "--step", "2"]
+    argv = [
+        "predict",
+        "--policy",
+        str(place / "policy"),
+        "--dataset",
+        str(place / "robot"),
+        "--episode",
+        "1",
+        "--step",
+        "2",
+    ]
     assert main([*argv, "--mode", mode, "--constraints", "Range(x, 0.002, 0.006); Fix(gripper, closed)"]) == 0
     text = capsys.readouterr().out
     free, bound, shown = (column(text, name) for name in ("free", mode, "demonstrated"))
@@ -99,7 +109,9 @@ def test_predict_refuses_in_one_line_raises(place, capsys, monkeypatch, argument
 
 
 def test_constraints_are_read_as_written():
-    found = parse_constraints("Range(x, -0.005, high=0.005, steps=[0, 1]); InSet(y, [0.0, 1e-2]); Fix('gripper', open);")
+    found = parse_constraints(
+        "Range(x, -0.005, high=0.005, steps=[0, 1]); InSet(y, [0.0, 1e-2]); Fix('gripper', open);"
+    )
     assert found == [Range("x", -0.005, 0.005, steps=[0, 1]), InSet("y", [0.0, 0.01]), Fix("gripper", "open")]
 
 

@@ -28,7 +28,9 @@ def test_gripper_accuracy_knows_which_side_is_open(open_value, closed_value):
     def at(share):
         return closed_value + np.array(share) * (open_value - closed_value)
 
-    found = gripper_accuracy(at([[0.9, 0.2], [0.4, 0.0]]), at([[1.0, 1.0], [0.0, 1.0]]), MASK, open_value, closed_value)
+    found = gripper_accuracy(
+        at([[0.9, 0.2], [0.4, 0.0]]), at([[1.0, 1.0], [0.0, 1.0]]), MASK, open_value, closed_value
+    )
     assert found["gripper_accuracy"] == pytest.approx(2 / 3)
 
 

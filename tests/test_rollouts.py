@@ -55,7 +55,9 @@ def test_equal_seeds_give_the_same_episode_for_every_policy():
     def still(observations):
         return np.zeros((len(observations), 1, 7))
 
-    first, second = (rollouts(lambda: TabletopEnv("reach"), still, [7], max_steps=1, keep_frames=True)[0] for _ in "ab")
+    first, second = (
+        rollouts(lambda: TabletopEnv("reach"), still, [7], max_steps=1, keep_frames=True)[0] for _ in "ab"
+    )
     np.testing.assert_array_equal(first.frames[0], second.frames[0])
 
 

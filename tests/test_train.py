@@ -301,18 +301,18 @@ def test_command_trains_and_a_trained_policy_gains_a_second_robot(dataset_folder
 
 
 def launch(arguments, *, processes):
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    # `--cpu --num_processes 2` would silently run one process.
+    return run_launcher(["-m", "hf_vla_actions.train", *arguments], processes=processes)
+
+
+def run_launcher(target, *, processes):
+    """`accelerate launch` on CPU through gloo; plain `--cpu --num_processes 2` would silently run one process."""
+    tests = os.path.dirname(__file__)
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": tests}
     flags = ["--multi_gpu"] if processes > 1 else []
     command = [sys.executable, "-m", "accelerate.commands.launch", *flags, "--num_processes", str(processes)]
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     return subprocess.run(
-        [*command, "-m", "hf_vla_actions.train", *arguments],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
+        [*command, *target], env=environment, capture_output=True, text=True, timeout=600, check=False
     )
 
 

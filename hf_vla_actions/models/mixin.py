@@ -124,8 +124,9 @@ class ActionPredictionMixin:
             prompt_length=input_ids.shape[1],
             context=context,
             mode=mode,
-            temperature=kwargs.get("temperature", 1.0) if kwargs.get("do_sample") else 1.0,
+            temperature=(kwargs.get("temperature") or 1.0) if kwargs.get("do_sample") else 1.0,
         )
+        taco.bound.check_batch(len(input_ids))
         n_tokens = self.action_config.n_tokens(key)
         neutral = NEUTRAL_GENERATION | (NEUTRAL_SAMPLING if kwargs.get("do_sample") else {})
         out = self.generate(  # type: ignore[attr-defined]
