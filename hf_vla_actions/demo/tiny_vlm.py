@@ -5,12 +5,12 @@ Notable decisions:
 - Everything is random: no weights are downloaded.
 - The tokenizer merges across spaces (like Llama's, it has no pre-tokenizer). Trained on the demo's few sentences,
   it makes each of them one token. That is what makes minutes enough: with one token a word the model has to find
-  the color among many tokens before the picture can mean anything, and had not within 1,400 steps.
+  the color among many tokens first, and in our runs of up to 3,600 steps it had not: it went to either block.
 - The prompt for this demo is `PROMPT`: the sentence comes last, so that the first action number is predicted from it.
 - Pictures are normalized with mean 1: the world's white table becomes zero, and its red, green and blue become
   linearly independent.
 - Weights start larger than Transformers' 0.02 (`initializer_range`), about 1 / sqrt(width), and positions of patches
-  larger still (`position_scale`). With 0.02 a network this narrow attends uniformly for most of a short training.
+  larger still (`position_scale`): at 0.02 a network this narrow attends almost uniformly at first. Not ablated.
 """
 
 from __future__ import annotations
@@ -42,10 +42,21 @@ PROMPT = "<image>{instruction}"
 class TinyTraining:
     """How the tiny model learns to reach; the numbers go straight into `TrainingArguments`.
 
-    AdamW, linear schedule, float32, loss on the action tokens and `</s>` alone, all weights trained. The demonstrations
-    are recorded with noise: what is carried out is the expert's action plus `noise`, what is written down is the
-    expert's own (DART). The learning rate matters most: at 1.5e-3 the color was bound to the block after 1,500 steps
-    instead of 900, and at 2.5e-3 later still.
+    AdamW, linear schedule, float32, loss on the action tokens and `</s>` alone, all weights trained, one action a call.
+    The demonstrations are recorded with noise: what is carried out is the expert's action plus `noise`, what is
+    written down is the expert's own (DART). Measured in closed loop on unseen seeds of "reach", two blocks, one run
+    each, most likely bin at every step:
+
+    ======  =========  ============  ==============  ===================  =======================
+    .       CPU time   seeds         success         blank picture        swapped instruction
+    ======  =========  ============  ==============  ===================  =======================
+    FULL    152 s      50 / 200      98 % / 97.5 %   0 % / not measured   2 % / 0.5 %
+    QUICK   48 s       50 / 200      68 % / 61.5 %   0 % / not measured   14 % / 20.5 %
+    ======  =========  ============  ==============  ===================  =======================
+
+    (CPU time of the optimizer steps alone, one thread.) The learning rate matters most: at 7e-4 the policy reads the
+    color after some 900 steps, at 1.5e-3 after 1,500, and at 2.5e-3 not by
+    1,000, where the run was stopped.
 
     Attributes:
         num_episodes: Demonstrations, each about 3.5 steps.
@@ -53,7 +64,7 @@ class TinyTraining:
         batch_size: Steps a batch.
         max_steps: Optimizer steps.
         learning_rate: Peak of the schedule.
-        warmup_ratio: Part of the steps spent warming up.
+        warmup_steps: Part of the steps spent warming up (below 1 it is a ratio, as in `TrainingArguments`).
         adam_beta2: AdamW's second decay.
         weight_decay: On matrices only.
         max_grad_norm: Gradient clipping.
@@ -64,14 +75,16 @@ class TinyTraining:
     batch_size: int = 32
     max_steps: int = 3500
     learning_rate: float = 7e-4
-    warmup_ratio: float = 0.05
+    warmup_steps: float = 0.05
     adam_beta2: float = 0.98
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
 
 
 FULL = TinyTraining()
+"""The demo's setting."""
 QUICK = TinyTraining(num_episodes=2000, max_steps=1000, learning_rate=1e-3)
+"""Enough to be well above chance; for continuous integration."""
 
 _BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 _ALPHABET = ["▁", *map(chr, range(0x21, 0x7F))]
