@@ -41,7 +41,7 @@ def write_lerobot_dataset(
         episodes: how many, the tasks in turn.
         tasks: of the world.
         seed: of the first episode; the others follow.
-        noise: standard deviation in meters of a disturbance of the carried-out step along x, y and z. The recorded
+        noise: standard deviation in meters of a disturbance of the carried-out step along x and y, a third of it along z. The recorded
             action is the expert's own, so the data shows how to recover (DART, Laskey et al. 2017,
             arXiv 1703.09327).
         progress: show a bar.
@@ -87,7 +87,7 @@ def _record(env: TabletopEnv, writer: LeRobotWriter, seed: int, rng: np.random.G
         states.append(obs["proprio"])
         actions.append(action)
         disturbed = action.copy()
-        disturbed[:3] += rng.normal(0.0, noise, 3)
+        disturbed[:3] += rng.normal(0.0, noise, 3) * (1.0, 1.0, 1 / 3)
         obs, _, terminated, truncated, info = env.step(disturbed)
         done = terminated or truncated
     if info["success"]:

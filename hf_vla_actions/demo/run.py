@@ -12,12 +12,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from transformers import set_seed
 
 from hf_vla_actions.demo.demonstrations import SPACE, write_lerobot_dataset
 from hf_vla_actions.demo.judge import Blanked, Limits, Swapped, as_json, run, summarize, text_table
 from hf_vla_actions.demo.pictures import draw_figure, draw_gif
-from hf_vla_actions.demo.tiny_vlm import build_tokenizer, build_vlm
+from hf_vla_actions.demo.tiny_vlm import FULL as TINY_FULL
+from hf_vla_actions.demo.tiny_vlm import QUICK as TINY_QUICK
+from hf_vla_actions.demo.tiny_vlm import TinyTraining, build_tokenizer, build_vlm
 from hf_vla_actions.demo.world import COLORS, INSTRUCTIONS
 from hf_vla_actions.errors import CheckpointError, VLAActionsError
 from hf_vla_actions.models import AutoModelForActionPrediction
@@ -30,7 +33,8 @@ logger = logging.getLogger(__name__)
 
 UNSEEN = 1_000_000  # seeds of the judged episodes start here; demonstrations are far below
 UNIT_OPTIONS = ["none" if unit is None else unit for unit in SPACE.units]
-PROMPT = "{instruction}:"
+# The space keeps the sentence apart from the line break before it: it becomes one token, and comes last.
+PROMPT = " {instruction}"
 
 
 @dataclass(frozen=True)
@@ -38,30 +42,20 @@ class DemoSettings:
     """How much of everything.
 
     Args:
-        demonstrations: episodes of the expert.
-        tasks: of the world, in turn.
-        noise: see `write_lerobot_dataset`, meters.
-        steps: of training.
-        batch_size: samples a step.
-        learning_rate: its highest value.
+        training: how the model learns.
         judged: unseen seeds.
         max_steps: of a free episode; bound ones get `slower` times as many, because their steps are shorter.
         slower: see above.
     """
 
-    demonstrations: int = 1500
-    tasks: tuple[str, ...] = ("reach",)
-    noise: float = 0.01
-    steps: int = 1400
-    batch_size: int = 64
-    learning_rate: float = 2e-3
+    training: TinyTraining
     judged: int = 50
     max_steps: int = 24
     slower: int = 3
 
 
-FULL = DemoSettings()
-QUICK = DemoSettings(demonstrations=60, steps=60, judged=8)
+FULL = DemoSettings(TINY_FULL)
+QUICK = DemoSettings(TINY_QUICK, judged=20)
 
 
 def run_demo(folder: Path, settings: DemoSettings = FULL, *, seed: int = 0, limits: Limits | None = None) -> str:
@@ -83,7 +77,10 @@ def run_demo(folder: Path, settings: DemoSettings = FULL, *, seed: int = 0, limi
     set_seed(seed)
     folder.mkdir(parents=True, exist_ok=True)
     data = write_lerobot_dataset(
-        folder / "data", episodes=settings.demonstrations, tasks=settings.tasks, seed=1000 * seed, noise=settings.noise
+        folder / "data",
+        episodes=settings.training.num_episodes,
+        seed=100_000 * seed,
+        noise=settings.training.noise,
     )
     policy, metrics = train(folder, data, settings, seed)
     trained = time.monotonic() - begin
@@ -103,6 +100,7 @@ def run_demo(folder: Path, settings: DemoSettings = FULL, *, seed: int = 0, limi
     first = free[0]
     obs = {"images": first.frames[0], "instruction": _instruction(seeds[0]), "proprio": first.poses[0]}
     prove_checkpoint(policy, folder / "policy", obs)
+    Image.fromarray(obs["images"]).save(folder / "frame.png")
     draw_figure(folder / "figure.png", policy, obs, free, bound["project"], limits)
     shown = next((i for i, e in enumerate(free) if e.success and bound["project"][i].success), 0)
     draw_gif(folder / "rollout.gif", [free[shown], bound["project"][shown]], ["free", "at most 10 mm a step"])
@@ -118,7 +116,7 @@ def run_demo(folder: Path, settings: DemoSettings = FULL, *, seed: int = 0, limi
 def train(folder: Path, data: Path, settings: DemoSettings, seed: int):
     """Build the base model from nothing, save it, and fine-tune it as `hf_vla_actions.train` does."""
     sentences = [text.format(color=color) for text in INSTRUCTIONS.values() for color in COLORS]
-    tokenizer = build_tokenizer([*sentences, *(PROMPT.format(instruction=s) for s in sentences)])
+    tokenizer = build_tokenizer(sentences)
     model, processor = build_vlm(tokenizer, seed=seed)
     model.save_pretrained(folder / "base")
     processor.save_pretrained(folder / "base")
@@ -135,17 +133,19 @@ def train(folder: Path, data: Path, settings: DemoSettings, seed: int):
     dataset = open_dataset(data_args)
     policy, key = load_policy(model_args, data_args, dataset, seed)
     chunks, _ = chunk_datasets(dataset, data_args, policy.action_config.horizon, seed)
+    training = settings.training
     args = VLATrainingArguments(
         output_dir=str(folder / "policy"),
-        max_steps=settings.steps,
-        per_device_train_batch_size=settings.batch_size,
-        per_device_eval_batch_size=settings.batch_size,
-        learning_rate=settings.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=max(1, settings.steps // 20),
-        weight_decay=0.0,
-        adam_beta2=0.95,
-        logging_steps=max(1, settings.steps // 20),
+        max_steps=training.max_steps,
+        per_device_train_batch_size=training.batch_size,
+        per_device_eval_batch_size=training.batch_size,
+        learning_rate=training.learning_rate,
+        warmup_steps=training.warmup_steps,
+        weight_decay=training.weight_decay,
+        adam_beta2=training.adam_beta2,
+        max_grad_norm=training.max_grad_norm,
+        logging_steps=max(1, training.max_steps // 20),
+        dataloader_num_workers=1,
         save_strategy="no",
         seed=seed,
     )
