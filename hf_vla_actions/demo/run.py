@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 import time
 from dataclasses import dataclass
@@ -75,6 +76,8 @@ def run_demo(folder: Path, settings: DemoSettings = FULL, *, seed: int = 0, limi
     limits = limits or Limits()
     begin = time.monotonic()
     set_seed(seed)
+    # One core for the pictures; more than a few threads only get in each other's way in a model this small.
+    torch.set_num_threads(min(4, max(1, (os.cpu_count() or 2) - 1)))
     folder.mkdir(parents=True, exist_ok=True)
     data = write_lerobot_dataset(
         folder / "data",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from hf_vla_actions.errors import DatasetError
@@ -39,7 +40,7 @@ class ActionCollator:
         images = [sample["images"] for sample in samples] if self.prompts.family.takes_images else None
         batch = self.prompts.build(images, [sample["instruction"] for sample in samples])
         try:
-            ids = torch.stack([torch.from_numpy(config.encode(s["actions"], self.unnorm_key)) for s in samples])
+            ids = torch.from_numpy(config.encode(np.stack([s["actions"] for s in samples]), self.unnorm_key))
         except ValueError as error:
             where = sorted({(s["episode"], s["step"]) for s in samples})
             raise DatasetError(f"actions of the batch (episode, step) {where} cannot be encoded: {error}") from error
