@@ -43,7 +43,15 @@ def main(argv: list[str] | None = None) -> int:
     if argv[0] not in COMMANDS:
         sys.stderr.write(f"error: no command {argv[0]!r}; there are {sorted(COMMANDS)} (hf-vla --help)\n")
         return 2
-    return importlib.import_module(COMMANDS[argv[0]][0]).main(argv[1:])
+    try:
+        room = importlib.import_module(COMMANDS[argv[0]][0])
+    except ModuleNotFoundError as error:
+        extras = "pip install 'hf_vla_actions[data,plots,sim]'"
+        sys.stderr.write(
+            f"error: hf-vla {argv[0]} needs the package {error.name!r}, which is not installed: {extras}\n"
+        )
+        return 2
+    return room.main(argv[1:])
 
 
 if __name__ == "__main__":

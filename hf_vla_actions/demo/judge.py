@@ -127,6 +127,18 @@ def predictor(policy, limits: Limits | None = None, mode: str = "project") -> Ca
     return predict
 
 
+def random_actions(policy, seed: int = 0) -> Callable:
+    """A predict function that knows nothing: every action token is as likely as any other."""
+    rng = np.random.default_rng(seed)
+    config = policy.action_config
+
+    def predict(observations: list[dict[str, Any]]) -> np.ndarray:
+        codes = rng.integers(0, config.tokenizer.n_codes, (len(observations), config.n_tokens()))
+        return config.decode(config.vocabulary.to_ids(codes))[1]
+
+    return predict
+
+
 def run(
     policy,
     name: str,
@@ -137,14 +149,20 @@ def run(
     wrapper: Callable | None = None,
     bound: Limits | None = None,
     mode: str = "project",
+    predict: Callable | None = None,
     keep_frames: bool = False,
 ) -> list[Rollout]:
-    """Episodes of a policy, one a seed, with a progress bar."""
+    """Episodes of a policy (or of another predict function), one a seed, with a progress bar."""
 
     def make_env():
         env = TabletopEnv(task, max_episode_steps=max_steps)
         return wrapper(env) if wrapper else env
 
     return rollouts(
-        make_env, predictor(policy, bound, mode), seeds, max_steps=max_steps, keep_frames=keep_frames, description=name
+        make_env,
+        predict or predictor(policy, bound, mode),
+        seeds,
+        max_steps=max_steps,
+        keep_frames=keep_frames,
+        description=name,
     )

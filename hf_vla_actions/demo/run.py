@@ -17,7 +17,7 @@ from PIL import Image
 from transformers import set_seed
 
 from hf_vla_actions.demo.demonstrations import SPACE, write_lerobot_dataset
-from hf_vla_actions.demo.judge import Blanked, Limits, Swapped, as_json, run, summarize, text_table
+from hf_vla_actions.demo.judge import Blanked, Limits, Swapped, as_json, random_actions, run, summarize, text_table
 from hf_vla_actions.demo.pictures import draw_figure, draw_gif
 from hf_vla_actions.demo.tiny_vlm import FULL as TINY_FULL
 from hf_vla_actions.demo.tiny_vlm import QUICK as TINY_QUICK
@@ -95,6 +95,7 @@ def run_demo(folder: Path, settings: DemoSettings = FULL, *, seed: int = 0, limi
         summarize("free", free, limits),
         summarize("picture blanked", run(policy, "blanked", seeds, wrapper=Blanked, **options), limits),
         summarize("instruction swapped", run(policy, "swapped", seeds, wrapper=Swapped, **options), limits),
+        summarize("random actions", run(policy, "random", seeds, predict=random_actions(policy), **options), limits),
     ]
     options["max_steps"] *= settings.slower
     bound = {mode: run(policy, mode, seeds, bound=limits, mode=mode, **options) for mode in MODES}
@@ -149,6 +150,7 @@ def train(folder: Path, data: Path, settings: DemoSettings, seed: int):
         max_grad_norm=training.max_grad_norm,
         logging_steps=max(1, training.max_steps // 20),
         dataloader_num_workers=1,
+        dataloader_pin_memory=False,
         save_strategy="no",
         seed=seed,
     )

@@ -69,7 +69,8 @@ def rollouts(
             for i, chunk in zip(running, chunks, strict=True):
                 done = _carry_out(envs[i], episodes[i], chunk[:execute_steps], observations, i, max_steps, keep_frames)
                 still += [] if done else [i]
-            bar.update(len(running) - len(still))
+            if len(still) < len(running):
+                bar.update(len(running) - len(still))
             running = still
     return episodes
 
