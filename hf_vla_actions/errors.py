@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -108,7 +109,8 @@ def one_line_errors(main: Callable[..., int]) -> Callable[..., int]:
         try:
             return main(*args, **kwargs)
         except (VLAActionsError, ImportError) as error:
-            sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+            if os.environ.get("RANK", "0") == "0":  # every process of a launch fails alike; one says so
+                sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
             return 2
 
     return guarded

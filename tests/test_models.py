@@ -351,7 +351,7 @@ def test_processor_that_lost_its_image_part_raises(tmp_path):
     policy.save_pretrained(tmp_path)
     for file in ("processor_config.json", "preprocessor_config.json"):
         (tmp_path / file).unlink(missing_ok=True)
-    with pytest.raises((CheckpointError, OSError, ValueError)):
+    with pytest.raises(CheckpointError, match="no processor"):
         AutoModelForActionPrediction.from_pretrained(tmp_path)
 
 

@@ -7,7 +7,14 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    ProcessorMixin,
+)
 from transformers.utils import cached_file
 
 from hf_vla_actions.config import ActionConfig
@@ -70,10 +77,15 @@ def load_model(path: str, **kwargs: Any) -> tuple[Any, Any]:
 
 def load_processor(path: str, config, **hub_arguments: Any):
     """Load the processor of a vision model, or the tokenizer of a text-only one."""
-    if not family_of(config).takes_images:
-        return AutoTokenizer.from_pretrained(path, **hub_arguments)
-    processor = AutoProcessor.from_pretrained(path, **hub_arguments)
-    if "tokenizer" not in processor.get_attributes():
+    takes_images = family_of(config).takes_images
+    try:
+        processor = (AutoProcessor if takes_images else AutoTokenizer).from_pretrained(path, **hub_arguments)
+    except (OSError, ValueError) as error:
+        what = "processor" if takes_images else "tokenizer"
+        raise CheckpointError(f"no {what} to be had from {path!r}: {str(error).splitlines()[0]}") from None
+    if not takes_images:
+        return processor
+    if not isinstance(processor, ProcessorMixin):
         # AutoProcessor falls back to a bare tokenizer when files are missing, and pictures would be ignored.
         raise CheckpointError(f"{path!r} has no complete processor, only a {type(processor).__name__}")
     return processor
