@@ -102,7 +102,7 @@ def run_demo(folder: Path, settings: DemoSettings = FULL, *, seed: int = 0, limi
     rows += [summarize(f"limits kept by {mode!r}", episodes, limits) for mode, episodes in bound.items()]
 
     first = free[0]
-    obs = {"images": first.frames[0], "instruction": _instruction(seeds[0]), "proprio": first.poses[0]}
+    obs: dict[str, Any] = {"images": first.frames[0], "instruction": _instruction(seeds[0]), "proprio": first.poses[0]}
     prove_checkpoint(policy, folder / "policy", obs)
     Image.fromarray(obs["images"]).save(folder / "frame.png")
     draw_figure(folder / "figure.png", policy, obs, free, bound["project"], limits)
