@@ -56,7 +56,7 @@ class DemoSettings:
 
 
 FULL = DemoSettings(TINY_FULL)
-QUICK = DemoSettings(TINY_QUICK, judged=20)
+QUICK = DemoSettings(TINY_QUICK, judged=30, max_steps=12)
 
 
 def run_demo(folder: Path, settings: DemoSettings = FULL, *, seed: int = 0, limits: Limits | None = None) -> str:

@@ -85,7 +85,7 @@ class TinyTraining:
 
 FULL = TinyTraining()
 """The demo's setting."""
-QUICK = TinyTraining(num_episodes=1500, max_steps=800, learning_rate=1e-3)
+QUICK = TinyTraining(num_episodes=2000, max_steps=900, learning_rate=1e-3)
 """Enough to be well above chance; for continuous integration."""
 
 _BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
