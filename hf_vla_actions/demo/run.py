@@ -21,7 +21,7 @@ from hf_vla_actions.demo.judge import Blanked, Limits, Swapped, as_json, random_
 from hf_vla_actions.demo.pictures import draw_figure, draw_gif
 from hf_vla_actions.demo.tiny_vlm import FULL as TINY_FULL
 from hf_vla_actions.demo.tiny_vlm import QUICK as TINY_QUICK
-from hf_vla_actions.demo.tiny_vlm import TinyTraining, build_tokenizer, build_vlm
+from hf_vla_actions.demo.tiny_vlm import PROMPT, TinyTraining, build_tokenizer, build_vlm
 from hf_vla_actions.demo.world import COLORS, INSTRUCTIONS
 from hf_vla_actions.errors import CheckpointError, VLAActionsError
 from hf_vla_actions.models import AutoModelForActionPrediction
@@ -34,8 +34,6 @@ logger = logging.getLogger(__name__)
 
 UNSEEN = 1_000_000  # seeds of the judged episodes start here; demonstrations are far below
 UNIT_OPTIONS = ["none" if unit is None else unit for unit in SPACE.units]
-# The space keeps the sentence apart from the line break before it: it becomes one token, and comes last.
-PROMPT = " {instruction}"
 
 
 @dataclass(frozen=True)
@@ -105,9 +103,11 @@ def run_demo(folder: Path, settings: DemoSettings = FULL, *, seed: int = 0, limi
     obs: dict[str, Any] = {"images": first.frames[0], "instruction": _instruction(seeds[0]), "proprio": first.poses[0]}
     prove_checkpoint(policy, folder / "policy", obs)
     Image.fromarray(obs["images"]).save(folder / "frame.png")
-    draw_figure(folder / "figure.png", policy, obs, free, bound["project"], limits)
-    shown = next((i for i, e in enumerate(free) if e.success and bound["project"][i].success), 0)
-    draw_gif(folder / "rollout.gif", [free[shown], bound["project"][shown]], ["free", "at most 10 mm a step"])
+    slow = bound["project"]
+    draw_figure(folder / "figure.png", policy, obs, free, slow, limits)
+    shown = max(range(len(free)), key=lambda i: (free[i].success and slow[i].success, len(free[i].actions)))
+    captions = [f"free: {_instruction(seeds[shown])}", f"at most {limits.step * 1000:.0f} mm a step"]
+    draw_gif(folder / "rollout.gif", [free[shown], slow[shown]], captions)
     results = {
         "rows": as_json(rows),
         "train_token_accuracy": metrics["train_token_accuracy"],
