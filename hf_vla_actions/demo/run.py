@@ -20,8 +20,8 @@ from hf_vla_actions.demo.demonstrations import SPACE, write_lerobot_dataset
 from hf_vla_actions.demo.judge import Blanked, Limits, Swapped, as_json, random_actions, run, summarize, text_table
 from hf_vla_actions.demo.pictures import draw_figure, draw_gif
 from hf_vla_actions.demo.tiny_vlm import FULL as TINY_FULL
-from hf_vla_actions.demo.tiny_vlm import QUICK as TINY_QUICK
 from hf_vla_actions.demo.tiny_vlm import PROMPT, TinyTraining, build_tokenizer, build_vlm
+from hf_vla_actions.demo.tiny_vlm import QUICK as TINY_QUICK
 from hf_vla_actions.demo.world import COLORS, INSTRUCTIONS
 from hf_vla_actions.errors import CheckpointError, VLAActionsError
 from hf_vla_actions.models import AutoModelForActionPrediction
