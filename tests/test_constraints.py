@@ -63,7 +63,7 @@ def test_the_table_is_the_one_of_statistics_and_space():
         (Target("x", 5.0, hard=True, tolerance=9.0), lambda v: v == v.max()),
         (Target("x", 0.01, sigma=0.001), lambda v: np.full(len(v), True)),
     ],
-    ids=str,
+    ids=lambda value: str(value) if isinstance(value, Constraint) else "",
 )
 def test_tokens_are_allowed_by_their_real_value(constraint, oracle):
     bound = bind([constraint], SPACE, VALUES, 2)
@@ -357,7 +357,7 @@ def test_unknown_dimensions_list_what_there_is():
         Target("x", 0.1, sigma=0.01, weight=2, max_nats=5),
         Target("x", 0.1, hard=True, tolerance=1),
     ],
-    ids=str,
+    ids=lambda value: str(value) if isinstance(value, Constraint) else "",
 )
 def test_json_round_trip(constraint):
     text = json.dumps(constraint.to_dict(), allow_nan=False)
