@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 
 from hf_vla_actions.actions import ActionSpace, ActionStats, NormStats
-from hf_vla_actions.constraints import Constraint, constraint_from_dict
+from hf_vla_actions.constraints import Constraint, bind, constraint_from_dict
 from hf_vla_actions.errors import CheckpointError, VLAActionsError
 from hf_vla_actions.tokenizers import ActionVocabulary, UniformActionTokenizer
 
 FILE_NAME = "action_config.json"
 FORMAT_VERSION = 1
+PASS_THROUGH_TOLERANCE = 0.01  # dimensions that are not normalized may exceed [-1, 1] by measurement noise
 DEFAULT_PROMPT = "In: What action should the robot take to {instruction}?\nOut:"
 
 
@@ -34,6 +35,7 @@ class ActionConfig:
         horizon: actions predicted at once.
         prompt: what the model sees; must contain `{instruction}` once.
         limits: constraints of the robot that hold always, whatever a call asks for (real units).
+        cameras: names of the pictures that the policy was trained on, in their order; empty if nobody has said.
 
     All of it is checked when it is made, saved as `action_config.json` and read again by `from_pretrained`.
     """
@@ -45,17 +47,15 @@ class ActionConfig:
     horizon: int = 1
     prompt: str = DEFAULT_PROMPT
     limits: Sequence[Constraint] = ()
+    cameras: Sequence[str] = ()
 
     def __post_init__(self):
         stats = self.norm_stats if isinstance(self.norm_stats, NormStats) else NormStats(self.norm_stats)
         spaces = {key: self.spaces.get(key) or ActionSpace.unnamed(stats[key]["action"].dof) for key in stats}
-        for name, value in (
-            ("norm_stats", stats),
-            ("spaces", spaces),
-            ("limits", tuple(self.limits)),
-            ("_tables", {}),
-        ):
-            object.__setattr__(self, name, value if name != "spaces" else {**self.spaces, **spaces})
+        values: dict[str, Any] = {"norm_stats": stats, "spaces": {**self.spaces, **spaces}, "_tables": {}}
+        values |= {"limits": tuple(self.limits), "cameras": tuple(self.cameras)}
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
         self._check()
 
     def _check(self) -> None:
@@ -82,6 +82,8 @@ class ActionConfig:
                     f"{key!r}: bins cover [-1, 1] and would cut z-scores (mode 'normal') at one standard deviation; "
                     "use mode 'bounds_q99' or 'bounds'"
                 )
+            # Limits that no action can satisfy are refused here, not in front of the robot.
+            bind(None, space, self.token_values(key), self.horizon, limits=self.limits)
 
     def resolve(self, unnorm_key: str | None = None) -> str:
         """The `unnorm_key` to use; may be omitted when there is one. Otherwise raises and lists them."""
@@ -122,7 +124,14 @@ class ActionConfig:
         dof = self.space(unnorm_key).dof
         if actions.shape[-2:] != (self.horizon, dof):
             raise VLAActionsError(f"a chunk has shape (..., {self.horizon}, {dof}), got {actions.shape}")
-        return self.vocabulary.to_ids(self.tokenizer.encode(self.stats(unnorm_key).normalize(actions)))
+        normalized = self.stats(unnorm_key).normalize(actions)
+        if (np.abs(normalized) > 1 + PASS_THROUGH_TOLERANCE).any():
+            dim = int(np.argwhere(np.abs(normalized) > 1 + PASS_THROUGH_TOLERANCE)[0, -1])
+            raise VLAActionsError(
+                f"{self.space(unnorm_key).describe(dim)} is not normalized (its mask is False) and holds "
+                f"{np.abs(normalized[..., dim]).max():.4g}; bins end at 1. Give it statistics and mask True"
+            )
+        return self.vocabulary.to_ids(self.tokenizer.encode(normalized))
 
     def decode(self, ids, unnorm_key: str | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Token ids (..., horizon * dof) to a pair of chunks (..., horizon, dof): normalized, and in real units."""
@@ -153,6 +162,7 @@ class ActionConfig:
             "horizon": int(self.horizon),
             "prompt": self.prompt,
             "limits": [limit.to_dict() for limit in self.limits],
+            "cameras": list(self.cameras),
         }
 
     @classmethod
@@ -169,6 +179,7 @@ class ActionConfig:
             horizon=values["horizon"],
             prompt=values["prompt"],
             limits=[constraint_from_dict(limit) for limit in values["limits"]],
+            cameras=values["cameras"],
         )
 
     def save_pretrained(self, save_directory: str | os.PathLike) -> Path:

@@ -109,8 +109,11 @@ def one_line_errors(main: Callable[..., int]) -> Callable[..., int]:
         try:
             return main(*args, **kwargs)
         except (VLAActionsError, ImportError) as error:
-            if os.environ.get("RANK", "0") == "0":  # every process of a launch fails alike; one says so
-                sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+            # An error in a worker of a DataLoader carries that process's whole traceback; its last line says what.
+            text = str(error).strip()
+            text = text.splitlines()[-1].partition(": ")[2] if text.startswith("Caught ") else text
+            process = f" (process {os.environ['RANK']})" if os.environ.get("RANK", "0") != "0" else ""
+            sys.stderr.write(f"error{process}: {' '.join(text.split())}\n")
             return 2
 
     return guarded

@@ -166,8 +166,8 @@ def prove_checkpoint(policy, folder: Path, obs: dict) -> None:
 
     inputs = policy.prepare(obs["images"], obs["instruction"])
     expected = policy.predict_action(**inputs)
-    again = AutoModelForActionPrediction.from_pretrained(folder)
-    plain: Any = AutoModelForImageTextToText.from_pretrained(folder)
+    again = AutoModelForActionPrediction.from_pretrained(folder).to(policy.device)
+    plain: Any = AutoModelForImageTextToText.from_pretrained(folder).to(policy.device)
     config = ActionConfig.from_pretrained(folder)
     ids = plain.generate(
         **inputs, logits_processor=[TACOLogitsProcessor([], config)], max_new_tokens=64, do_sample=False

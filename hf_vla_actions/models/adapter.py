@@ -16,10 +16,32 @@ def save_adapter(model, folder: str | Path) -> None:
         folder: where to.
     """
     policy = model.get_base_model()
+    for config in model.peft_config.values():
+        base = Path(config.base_model_name_or_path or "")
+        if base.is_dir():  # a relative path would be looked for, from elsewhere, on the Hub
+            config.base_model_name_or_path = str(base.resolve())
     # PEFT would add both full embedding matrices because the vocabulary grew; the new rows are in the adapter already.
     model.save_pretrained(folder, save_embedding_layers=False)
     policy.processor.save_pretrained(folder)
     policy.action_config.save_pretrained(folder)
+
+
+def base_of(adapter: dict[str, Any], folder: str | Path) -> str:
+    """Where the base model of an adapter is: a folder that exists, or a repository of the Hub.
+
+    Args:
+        adapter: content of `adapter_config.json`.
+        folder: where it was read; a base saved beside the adapter is found from there.
+    """
+    name = adapter.get("base_model_name_or_path")
+    if not name:
+        raise CheckpointError(f"the adapter in {folder} does not say which base model it belongs to")
+    for candidate in (Path(name), Path(folder) / name, Path(folder).parent / Path(name).name):
+        if candidate.is_dir():
+            return str(candidate)
+    if Path(name).is_absolute() or name.startswith(".") or name.count("/") != 1:
+        raise CheckpointError(f"the base model of the adapter in {folder} was at {name}, where it is no more")
+    return name
 
 
 def load_adapter(policy, folder: str | Path, **kwargs: Any):
@@ -28,6 +50,7 @@ def load_adapter(policy, folder: str | Path, **kwargs: Any):
     Args:
         policy: the base model, made by `to_vla` with the adapter's own action config.
         folder: adapter folder or repository id.
+        kwargs: `revision`, `token`, `cache_dir`, ... of the adapter's repository.
 
     Returns:
         PeftModel; `predict_action` and the other methods of the policy are reached through it.
@@ -39,7 +62,7 @@ def load_adapter(policy, folder: str | Path, **kwargs: Any):
         model = PeftModel.from_pretrained(policy, folder, **kwargs)
     except (KeyError, RuntimeError, IndexError) as error:
         raise CheckpointError(f"the adapter in {folder} does not fit its base model: {error}") from None
-    saved = set(load_peft_weights(str(folder), device="cpu"))
+    saved = set(load_peft_weights(str(folder), device="cpu", **kwargs))
     there = set(get_peft_model_state_dict(model, save_embedding_layers=False))
     if saved != there:
         raise CheckpointError(

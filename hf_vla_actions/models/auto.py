@@ -19,7 +19,7 @@ from transformers.utils import cached_file
 
 from hf_vla_actions.config import ActionConfig
 from hf_vla_actions.errors import CheckpointError
-from hf_vla_actions.models.adapter import load_adapter
+from hf_vla_actions.models.adapter import base_of, load_adapter
 from hf_vla_actions.models.families import family_of
 from hf_vla_actions.models.wrap import to_vla
 
@@ -54,9 +54,18 @@ class AutoModelForActionPrediction:
         adapter = _adapter_config(path, kwargs)
         if adapter is None:
             return to_vla(*load_model(path, **kwargs), action_config).eval()
-        model, _ = load_model(adapter["base_model_name_or_path"], **kwargs)
+        if (Path(path) / "config.json").is_file():
+            raise CheckpointError(
+                f"{path} holds both an adapter and a whole model, which of them is meant? Remove adapter_config.json or "
+                "config.json"
+            )
+        # A revision is that of the adapter's repository; its base has its own.
+        options = {name: value for name, value in kwargs.items() if name not in ("revision", "subfolder")}
+        if adapter.get("revision"):
+            options["revision"] = adapter["revision"]
+        model, _ = load_model(base_of(adapter, path), **options)
         processor = load_processor(path, model.config, **_hub(kwargs))
-        return load_adapter(to_vla(model, processor, action_config), path).eval()
+        return load_adapter(to_vla(model, processor, action_config), path, **_hub(kwargs)).eval()
 
 
 def load_model(path: str, **kwargs: Any) -> tuple[Any, Any]:

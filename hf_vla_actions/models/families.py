@@ -24,8 +24,8 @@ class ModelFamily:
     name: str
     takes_images: bool
     prompt: Callable[[Any, str, int], str]
-    vision_modules: tuple[str, ...] = ()
-    image_tokens: Callable[[Any], tuple[str, ...]] = lambda processor: ()
+    vision_modules: tuple[str, ...]
+    image_tokens: Callable[[Any], tuple[str, ...]]
 
 
 def _llava_prompt(processor, prompt: str, n_images: int) -> str:
@@ -36,14 +36,17 @@ def _text_prompt(processor, prompt: str, n_images: int) -> str:
     return prompt
 
 
-TEXT_ONLY = ModelFamily("text-only", False, _text_prompt)
-LLAVA = ModelFamily(
-    "LLaVA",
-    True,
-    _llava_prompt,
-    vision_modules=("vision_tower", "multi_modal_projector"),
-    image_tokens=lambda processor: (processor.image_token,),
-)
+def _llava_image_tokens(processor) -> tuple[str, ...]:
+    return (processor.image_token,)
+
+
+def _no_image_tokens(processor) -> tuple[str, ...]:
+    return ()
+
+
+# Functions of the module, because a collator must travel to worker processes that are started anew.
+TEXT_ONLY = ModelFamily("text-only", False, _text_prompt, (), _no_image_tokens)
+LLAVA = ModelFamily("LLaVA", True, _llava_prompt, ("vision_tower", "multi_modal_projector"), _llava_image_tokens)
 
 # model_type (saved in config.json) to family; text-only models of any type need no entry.
 VISION_FAMILIES = {"llava": LLAVA}

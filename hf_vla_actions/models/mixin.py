@@ -39,7 +39,14 @@ NEUTRAL_SAMPLING: dict[str, Any] = {
     "epsilon_cutoff": 0.0,
     "eta_cutoff": 0.0,
 }
-RESERVED = ("logits_processor", "max_new_tokens", "max_length", "return_dict_in_generate", "output_logits")
+RESERVED = (
+    "generation_config",
+    "logits_processor",
+    "max_new_tokens",
+    "max_length",
+    "return_dict_in_generate",
+    "output_logits",
+)
 
 
 class ActionPredictionMixin:
@@ -165,7 +172,8 @@ class ActionPredictionMixin:
         Args:
             unnorm_key: see `predict_action`.
             constraints: list of constraints, or a function of the observation that returns one (limits that depend
-                on where the robot is).
+                on where the robot is). It is called when a chunk is predicted and holds for all of its steps: with a
+                horizon above 1 it must be true of all of them, or be limited with `steps=`.
             execute_steps: actions carried out before the next prediction; the whole chunk if None.
             mode: see `predict_action`.
             generate_options: passed on to `generate`.
@@ -205,9 +213,9 @@ def _log_prob(out, token_ids: np.ndarray) -> np.ndarray:
     tokens = torch.as_tensor(token_ids, device=out.logits[0].device)
     rows = torch.arange(len(tokens), device=tokens.device)
     beams = out.get("beam_indices")
-    total = torch.zeros(len(tokens), dtype=torch.float64, device=tokens.device)
+    steps = []
     for step, logits in enumerate(out.logits):
         row = rows if beams is None else beams[:, step]
         log_p = torch.log_softmax(logits[row].float(), dim=-1)
-        total += log_p.gather(1, tokens[:, step : step + 1])[:, 0].double()
-    return total.cpu().numpy()
+        steps.append(log_p.gather(1, tokens[:, step : step + 1])[:, 0])
+    return torch.stack(steps).cpu().double().sum(dim=0).numpy()

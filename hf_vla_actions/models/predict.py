@@ -7,7 +7,9 @@ import sys
 from typing import Any
 
 import numpy as np
+import torch
 
+from hf_vla_actions.config import ActionConfig
 from hf_vla_actions.constraints.text import parse_constraints
 from hf_vla_actions.errors import VLAActionsError, one_line_errors
 from hf_vla_actions.models.auto import AutoModelForActionPrediction
@@ -32,12 +34,15 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--dataset", help="LeRobotDataset v3.0 to take the frame from")
     options.add_argument("--episode", type=int, default=0, help="episode of the dataset (default: %(default)s)")
     options.add_argument("--step", type=int, default=0, help="step within the episode (default: %(default)s)")
-    options.add_argument("--cameras", nargs="+", help="cameras, as in training (default: all)")
+    options.add_argument("--cameras", nargs="+", help="cameras (default: those of the training, else all)")
+    options.add_argument("--action_key", default="action", help="column of the actions (default: %(default)s)")
     options.add_argument("--image", nargs="+", help="picture files instead of a dataset, one a camera")
     options.add_argument("--instruction", help="what to do; needed with --image (default: that of the episode)")
     options.add_argument("--unnorm_key", help="which statistics; may be left out if the policy has one")
     options.add_argument("--constraints", help="in real units, such as 'Range(x, -0.005, 0.005); Fix(gripper, open)'")
     options.add_argument("--mode", choices=MODES, default="project", help="how they are kept (default: %(default)s)")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    options.add_argument("--device", default=device, help="where the model runs (default here: %(default)s)")
     return options
 
 
@@ -46,10 +51,10 @@ def main(argv: list[str] | None = None) -> int:
     """Load the policy, predict for one frame, print a table."""
     args = parser().parse_args(argv)
     constraints = parse_constraints(args.constraints) if args.constraints else None
-    images, instruction, demonstrated = _frame(args)
-    policy = AutoModelForActionPrediction.from_pretrained(args.policy)
-    config = policy.action_config
+    config = ActionConfig.from_pretrained(args.policy)
+    images, instruction, demonstrated = _frame(args, config)
     key = config.resolve(args.unnorm_key)
+    policy = AutoModelForActionPrediction.from_pretrained(args.policy).to(args.device)
     inputs = policy.prepare(images if policy.prompts.family.takes_images else None, instruction)
     columns = {"free": policy.predict_action(**inputs, unnorm_key=key)[0]}
     if constraints is not None:
@@ -75,7 +80,7 @@ def table(space, columns: dict[str, np.ndarray]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _frame(args: argparse.Namespace) -> tuple[list[Any], str, np.ndarray | None]:
+def _frame(args: argparse.Namespace, config: ActionConfig) -> tuple[list[Any], str, np.ndarray | None]:
     if (args.dataset is None) == (args.image is None):
         raise VLAActionsError("pass either --dataset or --image")
     if args.image is not None:
@@ -89,7 +94,9 @@ def _frame(args: argparse.Namespace) -> tuple[list[Any], str, np.ndarray | None]
             raise VLAActionsError(f"no picture can be read: {error}") from None
     from hf_vla_actions.data import LeRobotDataset
 
-    dataset = LeRobotDataset(args.dataset, cameras=args.cameras)
+    dataset = LeRobotDataset(
+        args.dataset, cameras=args.cameras or list(config.cameras) or None, action_key=args.action_key
+    )
     episodes = {episode.index: episode for episode in dataset.episodes}
     if args.episode not in episodes:
         raise VLAActionsError(f"episode {args.episode} is not among the {len(episodes)} episodes of {args.dataset}")

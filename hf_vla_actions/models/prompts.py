@@ -75,6 +75,12 @@ class PromptBuilder:
         ]
         if not all(pictures):
             raise VLAActionsError("a sample has no picture")
+        cameras = self.config.cameras
+        if cameras and any(len(sample) != len(cameras) for sample in pictures):
+            raise VLAActionsError(
+                f"the policy was trained on {len(cameras)} picture(s) a sample, from {list(cameras)}, got "
+                f"{sorted({len(sample) for sample in pictures})}"
+            )
         return pictures
 
 

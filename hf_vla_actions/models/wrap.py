@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from transformers import PreTrainedModel
+import torch
+from transformers import GenerationConfig, PreTrainedModel
 
 from hf_vla_actions.config import ActionConfig
 from hf_vla_actions.errors import VLAActionsError
@@ -41,7 +42,7 @@ def to_vla(model, processor, config: ActionConfig) -> Any:
         prompts.tokenizer.pad_token = prompts.tokenizer.eos_token
         logger.warning("the tokenizer has no pad token; its end-of-sequence token is used")
     grow_embeddings(model, config.vocabulary, len(prompts.tokenizer))
-    _end_with(model, config.vocabulary.end_token_id)
+    model.generation_config = _neutral_generation(model.generation_config, config.vocabulary.end_token_id)
     if not isinstance(model, ActionPredictionMixin):
         model.__class__ = _policy_class(type(model))
     policy: Any = model
@@ -52,21 +53,32 @@ def to_vla(model, processor, config: ActionConfig) -> Any:
 def grow_embeddings(model, vocabulary, tokenizer_length: int) -> None:
     """Add rows for tokens the embeddings do not have yet; never shrinks, keeps a multiple of 64 if it was one.
 
-    New rows start near the mean of the old ones (Transformers' `mean_resizing`).
+    Added rows start near the mean of the old ones (Transformers' `mean_resizing`), the same on every load. Tokens
+    that fall on rows the model already had, unused, start from what is there.
     """
     rows = model.get_input_embeddings().weight.shape[0]
     needed = max(int(vocabulary.token_ids.max()) + 1, tokenizer_length)
     if needed > rows:
-        model.resize_token_embeddings(needed, pad_to_multiple_of=64 if rows % 64 == 0 else None)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model.resize_token_embeddings(needed, pad_to_multiple_of=64 if rows % 64 == 0 else None)
         logger.info("embeddings grew from %d to %d rows", rows, model.get_input_embeddings().weight.shape[0])
 
 
-def _end_with(model: PreTrainedModel, end_token_id: int) -> None:
-    ends = model.generation_config.eos_token_id
+def _neutral_generation(old: GenerationConfig, end_token_id: int) -> GenerationConfig:
+    """Only the special tokens of a checkpoint's generation config, with the closing token among its ends.
+
+    How a chat model likes to sample its text (penalties, suppressed tokens, top_p, guidance) would bend the
+    distribution over actions, in `predict_action` and in plain `generate` alike.
+    """
+    ends = old.eos_token_id
     ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-    if end_token_id not in ends:
-        ends.append(end_token_id)
-        model.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
+    ends += [end_token_id] if end_token_id not in ends else []
+    return GenerationConfig(
+        bos_token_id=old.bos_token_id,
+        eos_token_id=ends if len(ends) > 1 else ends[0],
+        pad_token_id=end_token_id if old.pad_token_id is None else old.pad_token_id,
+    )
 
 
 def _policy_class(native: type) -> type:

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import logging
 import sys
+from pathlib import Path
 
 from transformers import HfArgumentParser, set_seed
 
-from hf_vla_actions.errors import one_line_errors
-from hf_vla_actions.train.arguments import DataArguments, LoraArguments, ModelArguments, VLATrainingArguments
+from hf_vla_actions.errors import TrainingError, one_line_errors
+from hf_vla_actions.train.arguments import (
+    LORA_LEARNING_RATE,
+    DataArguments,
+    LoraArguments,
+    ModelArguments,
+    VLATrainingArguments,
+)
 from hf_vla_actions.train.run import fine_tune, prepare_output
 from hf_vla_actions.train.setup import chunk_datasets, load_policy, open_dataset
 
@@ -43,11 +50,14 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     model_args, data_args, lora_args, args = parser.parse_args_into_dataclasses(argv)
     logging.basicConfig(level=args.get_process_log_level(), format="%(levelname)s %(name)s: %(message)s")
-    if lora_args.use_peft and "--learning_rate" not in argv:
-        args.learning_rate = 5e-4
+    if lora_args.use_peft and not args.learning_rate_was_given:
+        args.learning_rate = LORA_LEARNING_RATE
     set_seed(args.seed)
     prepare_output(args)
+    if Path(model_args.model_name_or_path).resolve() == Path(str(args.output_dir)).resolve():
+        raise TrainingError("output_dir is the folder of the model itself; train into another one")
     dataset = open_dataset(data_args)
+    model_args.dtype = model_args.dtype or ("auto" if lora_args.use_peft else "float32")
     policy, key = load_policy(model_args, data_args, dataset, args.seed)
     train_dataset, eval_dataset = chunk_datasets(dataset, data_args, policy.action_config.horizon, args.seed)
     fine_tune(policy, train_dataset, args, lora=lora_args, eval_dataset=eval_dataset, unnorm_key=key)

@@ -8,6 +8,8 @@ from transformers import TrainingArguments
 
 from hf_vla_actions.errors import TrainingError
 
+FULL_LEARNING_RATE, LORA_LEARNING_RATE = 2e-5, 5e-4
+
 
 @dataclass
 class ModelArguments:
@@ -16,20 +18,26 @@ class ModelArguments:
     model_name_or_path: str = field(
         metadata={"help": "Model of the Hub or folder: a vision-language model, a text-only one, or a policy."}
     )
-    n_bins: int = field(default=256, metadata={"help": "Bins a dimension, and action tokens of the vocabulary."})
-    action_layout: str = field(
-        default="append",
+    n_bins: int | None = field(
+        default=None, metadata={"help": "Bins a dimension, and action tokens of the vocabulary. Default: 256."}
+    )
+    action_layout: str | None = field(
+        default=None,
         metadata={
             "help": "Where action tokens stand: 'append' adds new ones behind the vocabulary, 'tail' overwrites its last "
-            "ids as OpenVLA does (with OpenVLA's bins).",
+            "ids as OpenVLA does (with OpenVLA's bins). Default: append.",
             "choices": ["append", "tail"],
         },
     )
     prompt: str | None = field(
         default=None, metadata={"help": "What the model sees; must contain {instruction}. Default: OpenVLA's prompt."}
     )
-    dtype: str = field(
-        default="auto", metadata={"help": "Weights are loaded as this: 'auto', 'float32', 'bfloat16', 'float16'."}
+    dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": "Weights are loaded as this: 'auto', 'float32', 'bfloat16', 'float16'. Default: float32 where all "
+            "of them are trained (small steps vanish in half precision; add --bf16 for speed), auto with LoRA."
+        },
     )
     attn_implementation: str | None = field(
         default=None, metadata={"help": "'sdpa', 'eager', 'flash_attention_2'; the model's own default if not given."}
@@ -48,7 +56,9 @@ class DataArguments:
         default=None, metadata={"help": "Cameras to use, such as image_0. Default: all."}
     )
     action_key: str = field(default="action", metadata={"help": "Column of the actions."})
-    horizon: int = field(default=1, metadata={"help": "Actions predicted at once (length of a chunk)."})
+    horizon: int | None = field(
+        default=None, metadata={"help": "Actions predicted at once (length of a chunk). Default: 1."}
+    )
     skip_first: int = field(
         default=0,
         metadata={"help": "Steps left out at the start of every episode (bridge: 1, its first action is 0)."},
@@ -82,6 +92,9 @@ class DataArguments:
     )
     gripper_open: float = field(default=1.0, metadata={"help": "Value of the open gripper."})
     gripper_closed: float = field(default=0.0, metadata={"help": "Value of the closed gripper."})
+    gripper_binary: bool = field(
+        default=True, metadata={"help": "Send only these two values to the robot, whichever is nearer."}
+    )
     norm_mode: str = field(
         default="bounds_q99",
         metadata={
@@ -127,5 +140,6 @@ class VLATrainingArguments(TrainingArguments):
         if not self.output_dir:
             raise TrainingError("nowhere to save the policy: pass --output_dir")
         self.label_names = ["labels"]
-        self.learning_rate = 2e-5 if self.learning_rate is None else self.learning_rate
+        self.learning_rate_was_given = self.learning_rate is not None
+        self.learning_rate = self.learning_rate if self.learning_rate_was_given else FULL_LEARNING_RATE
         super().__post_init__()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 from torch.utils.data import Dataset, Subset
 from transformers.trainer_utils import get_last_checkpoint
 
+from hf_vla_actions.config import ActionConfig
 from hf_vla_actions.errors import TrainingError
 from hf_vla_actions.train.arguments import LoraArguments, VLATrainingArguments
 from hf_vla_actions.train.lora import add_lora, freeze_vision
@@ -20,6 +22,7 @@ from hf_vla_actions.train.trainer import VLATrainer
 logger = logging.getLogger(__name__)
 TRAIN_SAMPLE = 64
 METRICS_FILE = "action_metrics.json"
+OWN_FILES = ("checkpoint-*", "adapter_*", "model*.safetensors*", "config.json", "action_config.json", METRICS_FILE)
 
 
 def fine_tune(
@@ -48,6 +51,10 @@ def fine_tune(
         those of a sample of the training data with `train_`.
     """
     checkpoint = prepare_output(args)
+    if checkpoint is not None:
+        check_same_config(policy.action_config, checkpoint)
+    elif args.should_save:
+        _remove_old_run(Path(str(args.output_dir)))
     model = policy
     if lora is not None and lora.use_peft:
         model = add_lora(policy, lora)
@@ -93,6 +100,26 @@ def prepare_output(args: VLATrainingArguments) -> str | None:
             "--overwrite_output_dir to train anew"
         )
     return None
+
+
+def check_same_config(config: ActionConfig, checkpoint: str) -> None:
+    """Refuse to resume with options under which the tokens of the checkpoint mean something else."""
+    saved, now = ActionConfig.from_pretrained(checkpoint).to_dict(), config.to_dict()
+    differ = [name for name in now if now[name] != saved.get(name)]
+    if differ:
+        raise TrainingError(
+            f"the checkpoint {checkpoint} was trained with other {differ} in its action config; resume with the same "
+            "dataset and options, or train into a new --output_dir"
+        )
+
+
+def _remove_old_run(folder: Path) -> None:
+    """Remove what an earlier run left where a new one will save: its adapter or weights would be loaded instead."""
+    if not folder.is_dir():
+        return
+    for pattern in OWN_FILES:
+        for path in folder.glob(pattern):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _sample(dataset, seed: int) -> Dataset:

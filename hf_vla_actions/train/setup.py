@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from transformers.utils import cached_file
 
 from hf_vla_actions.actions import ActionSpace, ActionStats, Gripper, NormStats
 from hf_vla_actions.config import DEFAULT_PROMPT, ActionConfig
@@ -20,6 +21,7 @@ from hf_vla_actions.tokenizers import ActionVocabulary, UniformActionTokenizer
 from hf_vla_actions.train.arguments import DataArguments, ModelArguments
 
 logger = logging.getLogger(__name__)
+DEFAULT_BINS = 256
 
 
 def open_dataset(args: DataArguments) -> LeRobotDataset:
@@ -74,18 +76,49 @@ def _gripper(names: list[str], args: DataArguments) -> Gripper | None:
     if args.gripper == "none" or (args.gripper is None and "gripper" not in names):
         return None
     dim = args.gripper or "gripper"
-    return Gripper(
-        names[int(dim)] if dim.isdigit() and int(dim) < len(names) else dim, args.gripper_open, args.gripper_closed
-    )
+    dim = names[int(dim)] if dim.isdigit() and int(dim) < len(names) else dim
+    return Gripper(dim, args.gripper_open, args.gripper_closed, args.gripper_binary)
+
+
+def check_gripper(values: np.ndarray, gripper: Gripper) -> None:
+    """Refuse data that contradict the declared convention of the gripper: it would never open, or never close.
+
+    Args:
+        values: (n,) the gripper's column.
+        gripper: what was declared.
+    """
+    low, high = float(values.min()), float(values.max())
+    first, last = sorted((gripper.open, gripper.closed))
+    slack = 0.05 * (last - first)
+    outside = low < first - slack or high > last + slack
+    never_there = low != high and high - low < 0.5 * (last - first)
+    if outside or never_there:
+        raise TrainingError(
+            f"the gripper {gripper.dim!r} holds {low:.4g}..{high:.4g}, which does not fit open={gripper.open:g} and "
+            f"closed={gripper.closed:g}: pass --gripper_open and --gripper_closed as the data has them, or --gripper none"
+        )
 
 
 def stats_of(dataset: LeRobotDataset, space: ActionSpace, episodes: list[int], mode: str) -> dict[str, Any]:
-    """An entry for NormStats from the actions and states of some episodes; the gripper is not normalized."""
-    rows = np.concatenate([np.arange(e.start, e.stop) for e in dataset.episodes if e.index in set(episodes)])
+    """An entry for NormStats from the actions and states of some episodes.
+
+    The gripper is not normalized if its two states lie within [-1, 1], where the bins are.
+    """
+    chosen = set(episodes)
+    rows = np.concatenate([np.arange(e.start, e.stop) for e in dataset.episodes if e.index in chosen])
     mask = np.ones(space.dof, dtype=bool)
     if space.gripper is not None:
-        mask[space.index(space.gripper.dim)] = False
+        dim = space.index(space.gripper.dim)
+        check_gripper(dataset.actions[:, dim], space.gripper)
+        mask[dim] = max(abs(space.gripper.open), abs(space.gripper.closed)) > 1
     action = ActionStats.compute(dataset.actions[rows], mask=mask, mode=mode)
+    lost = action.constant & (np.asarray(action.min) < np.asarray(action.max))
+    if lost.any():
+        logger.warning(
+            "dimensions %s have the same 1st and 99th percentile and will be held constant; --norm_mode bounds keeps "
+            "their rare values",
+            [space.names[i] for i in np.flatnonzero(lost)],
+        )
     proprio = None if dataset.states is None else ActionStats.compute(dataset.states[rows], mode=mode)
     return {"action": action, "proprio": proprio, "num_trajectories": len(episodes)}
 
@@ -101,35 +134,57 @@ def load_policy(
     space = space_of(dataset, data_args)
     episodes, _ = split_episodes(dataset, data_args.eval_fraction, seed)
     entry = stats_of(dataset, space, episodes, data_args.norm_mode)
-    options = {"dtype": model_args.dtype}
+    options = {"dtype": model_args.dtype or "float32"}
     if model_args.attn_implementation:
         options["attn_implementation"] = model_args.attn_implementation
     model, processor = load_model(model_args.model_name_or_path, **options)
-    if (Path(model_args.model_name_or_path) / ACTION_CONFIG_FILE).is_file():
-        old = ActionConfig.from_pretrained(model_args.model_name_or_path)
-        if old.horizon != data_args.horizon:
+    old = _config_of(model_args.model_name_or_path)
+    if old is None:
+        config = _new_config(model_args, data_args, model, processor)
+        config = replace(config, norm_stats=NormStats({key: entry}), spaces={key: space}, cameras=dataset.cameras)
+    else:
+        _check_unchanged(old, model_args, data_args, dataset)
+        if key in old.norm_stats and old.norm_stats[key]["action"] != entry["action"]:
             raise TrainingError(
-                f"the policy predicts {old.horizon} actions at once, got --horizon {data_args.horizon}"
+                f"the policy has other statistics under {key!r}: name this dataset with another --unnorm_key"
             )
         norm_stats = NormStats({**{k: old.norm_stats[k] for k in old.norm_stats}, key: entry})
         config = replace(old, norm_stats=norm_stats, spaces={**old.spaces, key: space})
-    else:
-        tokenizer = processor.tokenizer if family_of(model.config).takes_images else processor
-        config = ActionConfig(
-            tokenizer=UniformActionTokenizer(
-                model_args.n_bins, "openvla" if model_args.action_layout == "tail" else "uniform"
-            ),
-            vocabulary=_vocabulary(tokenizer, model_args),
-            norm_stats=NormStats({key: entry}),
-            spaces={key: space},
-            horizon=data_args.horizon,
-            prompt=model_args.prompt or DEFAULT_PROMPT,
-        )
     logger.info("actions of %r: %s", key, "; ".join(space.describe(i) for i in range(space.dof)))
     return to_vla(model, processor, config), key
 
 
-def _vocabulary(tokenizer, args: ModelArguments) -> ActionVocabulary:
-    if args.action_layout == "tail":
-        return ActionVocabulary.tail(tokenizer, args.n_bins)
-    return ActionVocabulary.append(tokenizer, args.n_bins)
+def _config_of(path: str) -> ActionConfig | None:
+    """The action config of a policy, in a folder or on the Hub; None for a model that is no policy yet."""
+    file = cached_file(
+        path, ACTION_CONFIG_FILE, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_gated_repo=False
+    )
+    return None if file is None else ActionConfig.from_pretrained(Path(file).parent)
+
+
+def _check_unchanged(old: ActionConfig, model_args: ModelArguments, data_args: DataArguments, dataset) -> None:
+    """Refuse options that a trained policy cannot change: its tokens would mean something else."""
+    asked = {
+        "--prompt": (model_args.prompt, old.prompt),
+        "--n_bins": (model_args.n_bins, old.tokenizer.n_codes),
+        "--action_layout": (model_args.action_layout, old.vocabulary.layout),
+        "--horizon": (data_args.horizon, old.horizon),
+        "--cameras": (tuple(dataset.cameras) if old.cameras else None, tuple(old.cameras)),
+    }
+    for option, (wanted, has) in asked.items():
+        if wanted is not None and wanted != has:
+            raise TrainingError(f"the policy was trained with {option} {has!r}, got {wanted!r}; leave the option out")
+
+
+def _new_config(model_args: ModelArguments, data_args: DataArguments, model, processor) -> ActionConfig:
+    """The action config of a model that is no policy yet; statistics and spaces are filled in by the caller."""
+    tokenizer = processor.tokenizer if family_of(model.config).takes_images else processor
+    n_bins, tail = model_args.n_bins or DEFAULT_BINS, model_args.action_layout == "tail"
+    vocabulary = (ActionVocabulary.tail if tail else ActionVocabulary.append)(tokenizer, n_bins)
+    return ActionConfig(
+        tokenizer=UniformActionTokenizer(n_bins, "openvla" if tail else "uniform"),
+        vocabulary=vocabulary,
+        norm_stats={"_": {"action": ActionStats.from_ranges([-1], [1])}},
+        horizon=1 if data_args.horizon is None else data_args.horizon,
+        prompt=model_args.prompt or DEFAULT_PROMPT,
+    )

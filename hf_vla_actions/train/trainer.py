@@ -39,7 +39,9 @@ class VLATrainer(Trainer):
             preprocess_logits_for_metrics=self._codes,
             **kwargs,
         )
-        # Only the logits are looked at; Trainer would gather every tensor of the output.
+        # Trainer would not count the first label of each row, as if labels still were to be shifted; here every one is
+        # a target, and the loss is divided by their number.
+        self._loss_shifts_labels = False
         self._ids = torch.tensor(policy.action_config.vocabulary.token_ids.tolist())
 
     def training_step(self, model, inputs, *args, **kwargs) -> torch.Tensor:
@@ -91,10 +93,12 @@ class VLATrainer(Trainer):
         return model is self.policy and not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
-        if self.policy is self.accelerator.unwrap_model(self.model):
-            super()._save(output_dir, state_dict)
-            return
-        save_adapter(self.accelerator.unwrap_model(self.model), Path(str(output_dir or self.args.output_dir)))
+        folder = Path(str(output_dir or self.args.output_dir))
+        model = self.accelerator.unwrap_model(self.model)
+        if model is self.policy:
+            model.save_pretrained(folder, state_dict=state_dict)
+        else:
+            save_adapter(model, folder)
 
 
 def chunk_metrics(config: ActionConfig, unnorm_key: str, codes: np.ndarray, labels: np.ndarray) -> dict[str, float]:
