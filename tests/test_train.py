@@ -1,5 +1,6 @@
 import json
 import os
+import pickle
 import subprocess
 import sys
 
@@ -13,7 +14,7 @@ from hf_vla_actions.data import ChunkDataset, LeRobotDataset
 from hf_vla_actions.data.lerobot_writer import LeRobotWriter
 from hf_vla_actions.demo.tiny_vlm import build_vlm
 from hf_vla_actions.errors import TrainingError, VLAActionsError
-from hf_vla_actions.train import ActionCollator, LoraArguments, VLATrainingArguments, add_lora, fine_tune
+from hf_vla_actions.train import ActionCollator, LoraArguments, VLATrainer, VLATrainingArguments, add_lora, fine_tune
 from hf_vla_actions.train.__main__ import main
 from hf_vla_actions.train.arguments import DataArguments, ModelArguments
 from hf_vla_actions.train.collator import action_loss
@@ -31,7 +32,7 @@ SEVEN = [
 ]
 
 
-def write_dataset(folder, *, episodes=4, steps=6, names=NAMES):
+def write_dataset(folder, *, episodes=4, steps=6, names=NAMES, gripper=(0.0, 1.0)):
     rng = np.random.default_rng(0)
     with LeRobotWriter(
         folder, fps=5, robot_type="test", action_names=names, image_shapes={"top": (48, 48, 3)}
@@ -39,7 +40,7 @@ def write_dataset(folder, *, episodes=4, steps=6, names=NAMES):
         for episode in range(episodes):
             actions = rng.uniform(LOW, HIGH, (steps, 7))[:, : len(names)]
             if "gripper" in names:
-                actions[:, -1] = np.round(actions[:, -1])
+                actions[:, -1] = np.where(actions[:, -1] > 0.5, gripper[1], gripper[0])
             frames = [picture(100 * episode + step) for step in range(steps)]
             writer.add_episode(INSTRUCTIONS[episode % 2], actions, {"top": frames})
     return folder
@@ -185,17 +186,15 @@ def test_adapter_loads_on_a_fresh_base_with_identical_logits_and_merges(
     tokens = torch.tensor(policy.action_config.vocabulary.token_ids[[3, 200, 7]].tolist())[None]
     inputs = {**inputs, "input_ids": torch.cat([inputs["input_ids"], tokens], 1)}
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    ids = policy.action_config.vocabulary.token_ids.tolist()
     with torch.no_grad():
-        expected = model(**inputs).logits[..., ids]
-        found = again(**inputs).logits[..., ids]
-        assert torch.equal(found, expected)
+        expected = model(**inputs).logits
+        assert torch.equal(again(**inputs).logits, expected)
         merged = again.merge_and_unload()
-        torch.testing.assert_close(merged(**inputs).logits[..., ids], expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(merged(**inputs).logits, expected, atol=1e-5, rtol=0)
     merged.save_pretrained(tmp_path / "merged")
     alone = AutoModelForActionPrediction.from_pretrained(tmp_path / "merged")
     with torch.no_grad():
-        torch.testing.assert_close(alone(**inputs).logits[..., ids], expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(alone(**inputs).logits, expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("kind", ["lora_A", "token_adapter"])
@@ -390,7 +389,7 @@ def test_wrong_options_end_in_one_line_with_nothing_written_raises(
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
     assert message in lines[0]
-    assert not (tmp_path / "out").exists() or not any((tmp_path / "out").rglob("*.safetensors"))
+    assert not (tmp_path / "out").exists() or not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
     assert [p.name for p in (tmp_path / "full").iterdir()] == ["old.txt"]
 
 
@@ -420,3 +419,188 @@ def test_add_lora_on_named_layers():
     assert adapted == {"q_proj", "v_proj"}
     with_vision = add_lora(tiny_llava(), LoraArguments(use_peft=True, lora_r=2, lora_vision=True))
     assert any("vision_tower" in name and "lora_" in name for name, _ in with_vision.named_parameters())
+
+
+def test_trainer_divides_by_every_label(chunks, tmp_path):
+    policy = tiny_llava(horizon=2)
+    trainer = VLATrainer(policy, arguments(tmp_path / "out"), train_dataset=chunks)
+    batch = ActionCollator(policy.prompts)([chunks[4], chunks[5], chunks[6]])
+    assert int(trainer._get_num_items_in_batch([batch], torch.device("cpu"))) == int((batch["labels"] != -100).sum())
+
+
+def test_collator_travels_to_worker_processes_that_are_started_anew(chunks):
+    collator = ActionCollator(tiny_llava(horizon=2).prompts)
+    again = pickle.loads(pickle.dumps(collator))
+    assert torch.equal(again([chunks[0]])["input_ids"], collator([chunks[0]])["input_ids"])
+
+
+@pytest.mark.parametrize(("low", "high"), [(-1.0, 1.0), (0.0, 0.08), (0.0, 100.0)])
+def test_gripper_that_contradicts_the_declared_convention_raises(low, high, tmp_path, base_folder, capsys):
+    folder = write_dataset(tmp_path / "robot", gripper=(low, high))
+    argv = ["--model_name_or_path", str(base_folder), "--dataset", str(folder), "--output_dir", str(tmp_path / "out")]
+    argv += ["--use_cpu", "--max_steps", "1", "--save_strategy", "no", "--disable_tqdm", "true"]
+    assert main(argv) == 2
+    assert "--gripper_open" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    # Said as it is, both states come back exactly.
+    assert main([*argv, "--gripper_open", str(high), "--gripper_closed", str(low)]) == 0
+    config = AutoModelForActionPrediction.from_pretrained(tmp_path / "out").action_config
+    actions = np.zeros((2, 1, 7))
+    actions[0, 0, 6], actions[1, 0, 6] = low, high
+    assert config.decode(config.encode(actions))[1][:, 0, 6].tolist() == [low, high]
+
+
+def test_a_new_run_over_an_old_one_is_what_loads(chunks, tmp_path):
+    out = tmp_path / "out"
+    first = tiny_llava(horizon=2)
+    first.save_pretrained(tmp_path / "base")
+    first = AutoModelForActionPrediction.from_pretrained(tmp_path / "base")
+    fine_tune(
+        first, chunks, arguments(out, save_strategy="steps", save_steps=1), lora=LoraArguments(use_peft=True, lora_r=2)
+    )
+    with pytest.raises(TrainingError, match="not empty"):
+        fine_tune(tiny_llava(horizon=2), chunks, arguments(out))
+    policy = tiny_llava(horizon=2, seed=5)
+    fine_tune(policy, chunks, arguments(out, overwrite_output_dir=True))
+    assert not list(out.glob("adapter*")) + list(out.glob("checkpoint-*"))
+    again = AutoModelForActionPrediction.from_pretrained(out)
+    for name, value in policy.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
+
+
+def test_folder_with_an_adapter_and_a_whole_model_raises(tmp_path):
+    tiny_llava().save_pretrained(tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(VLAActionsError, match="both an adapter and a whole model"):
+        AutoModelForActionPrediction.from_pretrained(tmp_path)
+
+
+def test_resume_with_changed_options_raises(dataset_folder, base_folder, tmp_path, capsys):
+    argv = [
+        "--model_name_or_path",
+        str(base_folder),
+        "--dataset",
+        str(dataset_folder),
+        "--output_dir",
+        str(tmp_path / "o"),
+    ]
+    argv += ["--use_cpu", "--max_steps", "2", "--save_steps", "1", "--disable_tqdm", "true"]
+    assert main(argv) == 0
+    resume = [*argv, "--resume_from_checkpoint", "true", "--max_steps", "3"]
+    assert main([*resume, "--norm_mode", "bounds"]) == 2
+    assert "['norm_stats']" in capsys.readouterr().err
+    assert main([*resume, "--prompt", "do {instruction}"]) == 2
+    assert "['prompt']" in capsys.readouterr().err
+    assert main(resume) == 0
+
+
+def test_adapter_training_resumes(chunks, tmp_path):
+    lora = LoraArguments(use_peft=True, lora_r=2)
+
+    def run(folder, steps, **kwargs):
+        torch.manual_seed(0)
+        options = {"save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-2, "lr_scheduler_type": "constant"}
+        args = arguments(folder, max_steps=steps, **options, **kwargs)
+        model, _ = fine_tune(tiny_llava(horizon=2), chunks, args, lora=lora)
+        return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+    whole = run(tmp_path / "whole", 4)
+    run(tmp_path / "parts", 2)
+    resumed = run(tmp_path / "parts", 4, resume_from_checkpoint="true")
+    for name, value in whole.items():
+        torch.testing.assert_close(resumed[name], value, msg=name)
+
+
+def test_options_that_a_trained_policy_cannot_change_raise(dataset_folder, tmp_path):
+    tiny_llava(horizon=2).save_pretrained(tmp_path / "policy")
+    data_args = DataArguments(dataset=str(dataset_folder))
+    dataset = open_dataset(data_args)
+
+    def load(model_options=None, **data_options):
+        model_args = ModelArguments(model_name_or_path=str(tmp_path / "policy"), **(model_options or {}))
+        return load_policy(model_args, DataArguments(dataset=str(dataset_folder), **data_options), dataset, 0)
+
+    for model_options, data_options in (
+        ({"prompt": "do {instruction}"}, {}),
+        ({"n_bins": 64}, {}),
+        ({"action_layout": "tail"}, {}),
+        ({}, {"horizon": 3}),
+    ):
+        with pytest.raises(TrainingError, match="leave the option out"):
+            load(model_options, **data_options)
+    with pytest.raises(TrainingError, match="other statistics under 'my_robot'"):
+        load(unnorm_key="my_robot")
+    policy, key = load(unnorm_key="second")
+    assert (key, policy.action_config.horizon) == ("second", 2)
+
+
+@pytest.mark.parametrize("spelled", [["--learning_rate=1e-4"], ["--learning_rate", "1e-4"], []])
+def test_learning_rate_that_was_given_is_used(spelled, dataset_folder, base_folder, tmp_path):
+    argv = [
+        "--model_name_or_path",
+        str(base_folder),
+        "--dataset",
+        str(dataset_folder),
+        "--output_dir",
+        str(tmp_path / "o"),
+    ]
+    argv += [
+        "--use_cpu",
+        "--max_steps",
+        "1",
+        "--save_strategy",
+        "no",
+        "--disable_tqdm",
+        "true",
+        "--use_peft",
+        "--lora_r",
+        "2",
+    ]
+    argv += [
+        "--lr_scheduler_type",
+        "constant",
+        "--logging_steps",
+        "1",
+        "--save_strategy",
+        "steps",
+        "--save_steps",
+        "1",
+    ]
+    assert main([*argv, *spelled]) == 0
+    history = json.loads((tmp_path / "o/checkpoint-1/trainer_state.json").read_text())["log_history"]
+    assert history[0]["learning_rate"] == pytest.approx(1e-4 if spelled else 5e-4)
+
+
+def test_adapter_finds_its_base_from_another_folder_and_never_asks_the_hub_for_a_path(chunks, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny_llava(horizon=2).save_pretrained("base")
+    policy = AutoModelForActionPrediction.from_pretrained("base")
+    fine_tune(policy, chunks, arguments("out"), lora=LoraArguments(use_peft=True, lora_r=2))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    AutoModelForActionPrediction.from_pretrained(tmp_path / "out")
+    (tmp_path / "base").rename(tmp_path / "gone")
+    with pytest.raises(VLAActionsError, match="where it is no more"):
+        AutoModelForActionPrediction.from_pretrained(tmp_path / "out")
+
+
+def test_number_of_cameras_is_part_of_the_policy(dataset_folder, base_folder):
+    data_args = DataArguments(dataset=str(dataset_folder))
+    policy, _ = load_policy(ModelArguments(model_name_or_path=str(base_folder)), data_args, open_dataset(data_args), 0)
+    assert policy.action_config.cameras == ("observation.images.top",)
+    policy.prepare([picture(0)], INSTRUCTIONS[0])
+    with pytest.raises(VLAActionsError, match="1 picture"):
+        policy.prepare([picture(0), picture(1)], INSTRUCTIONS[0])
+
+
+def test_tokenizer_without_a_pad_token_still_makes_batches():
+    from tiny import action_config
+    from transformers import LlamaForCausalLM
+
+    from hf_vla_actions import to_vla
+
+    policy = tiny_llama()
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = None
+    again = to_vla(LlamaForCausalLM(policy.config), tokenizer, action_config(tokenizer))
+    assert again.predict_action(**again.prepare(None, [INSTRUCTIONS[0], "go"])).shape == (2, 1, 7)
