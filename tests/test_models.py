@@ -366,3 +366,26 @@ def test_saved_processor_and_tokenizer_load_with_plain_transformers(tmp_path):
         AutoTokenizer.from_pretrained(tmp_path).convert_tokens_to_ids("<act_000>")
         == policy.action_config.vocabulary.token_ids[0]
     )
+
+
+def test_a_chat_models_generation_config_neither_bends_actions_nor_stops_saving(tmp_path):
+    tokenizer = tiny_tokenizer()
+    model, processor = build_vlm(tokenizer, seed=0)
+    config = action_config(processor.tokenizer)
+    reference = sharpen(to_vla(model, processor, config).eval())
+    inputs = reference.prepare(picture(0), INSTRUCTIONS[0])
+    expected = reference.predict_action(**inputs)
+    wanted = config.encode(expected[0])
+
+    model, processor = build_vlm(tiny_tokenizer(), seed=0)
+    config = action_config(processor.tokenizer)
+    # As some published checkpoints have it: sampling values without do_sample, which save_pretrained refuses.
+    model.generation_config.temperature, model.generation_config.top_p = 0.9, 0.6
+    model.generation_config.suppress_tokens = wanted.tolist()
+    model.generation_config.guidance_scale = 2.0
+    policy = sharpen(to_vla(model, processor, config).eval())
+    np.testing.assert_array_equal(policy.predict_action(**inputs), expected)
+    policy.save_pretrained(tmp_path)
+    assert AutoModelForActionPrediction.from_pretrained(tmp_path).generation_config.temperature is None
+    with pytest.raises(VLAActionsError, match="generation_config"):
+        policy.predict_action(**inputs, generation_config=policy.generation_config)

@@ -14,3 +14,10 @@ def test_notebook_runs(path, tmp_path):
         notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": tmp_path}}
     ).execute()
     assert any(cell.get("outputs") for cell in notebook.cells)
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.ipynb")), ids=lambda path: path.stem)
+def test_saved_output_names_no_folder_of_a_machine(path):
+    text = path.read_text()
+    assert "site-packages" not in text
+    assert "stderr" not in text
