@@ -54,7 +54,7 @@ class DemoSettings:
 
 
 FULL = DemoSettings(TINY_FULL)
-QUICK = DemoSettings(TINY_QUICK, judged=30, max_steps=12)
+QUICK = DemoSettings(TINY_QUICK, judged=30, max_steps=8)
 
 
 def run_demo(folder: Path, settings: DemoSettings = FULL, *, seed: int = 0, limits: Limits | None = None) -> str:

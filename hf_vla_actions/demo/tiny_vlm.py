@@ -49,9 +49,9 @@ class TinyTraining:
     =====  ======  ========  =======  =============  ===================
     .      --seed  episodes  success  blank picture  swapped instruction
     =====  ======  ========  =======  =============  ===================
-    FULL   0       50        98 %     2 %            2 %
-    QUICK  0       30        63 %     0 %            7 %
-    QUICK  1       30        53 %     3 %            33 %
+    FULL   0       50        96 %     2 %            2 %
+    QUICK  0       30        50 %     3 %            13 %
+    QUICK  1       30        57 %     3 %            30 %
     =====  ======  ========  =======  =============  ===================
 
     The learning rate matters most: at 7e-4 the policy reads the color after some 900 steps, at 1.5e-3 after 1,500. With
