@@ -23,6 +23,12 @@ PASS_THROUGH_TOLERANCE = 0.01  # dimensions that are not normalized may exceed [
 DEFAULT_PROMPT = "In: What action should the robot take to {instruction}?\nOut:"
 
 
+def check_source(path: str) -> None:
+    """Raise if `path` can only be a folder and there is none; anything else may be a repository of the Hub."""
+    if path.startswith((".", "/", "~")) and not Path(path).is_dir():
+        raise CheckpointError(f"there is no folder {path}")
+
+
 @dataclass(frozen=True, eq=False)
 class ActionConfig:
     """Everything between the token ids of a model and the commands of a robot.
@@ -201,6 +207,7 @@ class ActionConfig:
         """
         from transformers.utils import cached_file
 
+        check_source(str(path))
         if Path(path).is_dir():
             file = Path(path) / FILE_NAME
         else:

@@ -115,6 +115,11 @@ def test_constraints_are_read_as_written():
     assert found == [Range("x", -0.005, 0.005, steps=[0, 1]), InSet("y", [0.0, 0.01]), Fix("gripper", "open")]
 
 
+def test_policy_in_a_folder_that_does_not_exist_raises_without_asking_the_hub(capsys):
+    assert main(["predict", "--policy", "./nowhere", "--image", "a.png", "--instruction", "go"]) == 2
+    assert "there is no folder ./nowhere" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "text", ["", "Range", "Range(x", "open('f')", "Range(x, __import__('os'))", "Range(x, 1, 2, 3, 4, 5)", "1 + 1"]
 )

@@ -17,7 +17,7 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
-from hf_vla_actions.config import ActionConfig
+from hf_vla_actions.config import ActionConfig, check_source
 from hf_vla_actions.errors import CheckpointError
 from hf_vla_actions.models.adapter import base_of, load_adapter
 from hf_vla_actions.models.families import family_of
@@ -70,6 +70,7 @@ class AutoModelForActionPrediction:
 
 def load_model(path: str, **kwargs: Any) -> tuple[Any, Any]:
     """Load a native model with its processor (for a text-only model its tokenizer); incomplete weights raise."""
+    check_source(path)
     try:
         config = AutoConfig.from_pretrained(path, **_hub(kwargs))
         family = family_of(config)
