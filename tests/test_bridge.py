@@ -5,20 +5,15 @@ import json
 import numpy as np
 import pytest
 from test_train import SEVEN, launch, run_launcher
-from tiny import tiny_tokenizer
+from tiny import save_native_llava
 
 from hf_vla_actions import AutoModelForActionPrediction
 from hf_vla_actions.cli import main
-from hf_vla_actions.demo.tiny_vlm import build_vlm
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("bridge") / "base"
-    model, processor = build_vlm(tiny_tokenizer(), seed=3)
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
+    return save_native_llava(tmp_path_factory.mktemp("bridge") / "base", seed=3)
 
 
 @pytest.fixture(scope="module")

@@ -124,3 +124,16 @@ def test_format_is_plain_json(tmp_path):
     content = json.loads(CONFIG.save_pretrained(tmp_path).read_text())
     assert len(content["vocabulary"]["token_ids"]) == 256
     assert content["spaces"]["my_robot"]["units"] == ["m", "m", "m", "rad", "rad", "rad", None]
+
+
+def test_pass_through_dimension_that_bins_cannot_hold_raises():
+    actions = np.zeros((2, 7))
+    actions[1, 6] = 100.0
+    with pytest.raises(VLAActionsError, match=r"'gripper'.*holds 100"):
+        CONFIG.encode(actions)
+
+
+def test_limit_that_no_action_can_satisfy_is_refused_when_the_config_is_made_raises():
+    for limit in (Range("x", 1.0, 2.0), Range("elbow", 0.0, 1.0)):
+        with pytest.raises(VLAActionsError, match=limit.dim):
+            action_config(TOKENIZER, limits=[limit])

@@ -40,10 +40,9 @@ def test_quick_demo_learns_to_look_and_to_read(tmp_path, capsys):
     assert main(["demo", "--quick", "--output_dir", str(tmp_path / "demo")]) == 0
     rows = {row["name"]: row for row in json.loads((tmp_path / "demo/results.json").read_text())["rows"]}
     free = rows["free"]["success"]
-    assert free >= 0.3
-    for control in ("picture blanked", "random actions"):
+    assert free >= 0.4
+    for control in ("picture blanked", "instruction swapped", "random actions"):
         assert rows[control]["success"] <= free - 0.2, control
-    assert rows["instruction swapped"]["success"] < free
     assert all(row["violations"] == 0 for name, row in rows.items() if name.startswith("limits"))
     assert "success" in capsys.readouterr().out
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from tiny import picture, sharpen, tiny_llava
+from tiny import picture, save_native_llava, sharpen, tiny_llava
 from transformers import HfArgumentParser
 
 from hf_vla_actions.cli import COMMANDS
@@ -38,7 +38,7 @@ def test_python_blocks_run_one_after_the_other(place, monkeypatch):
     for block in blocks("python"):
         if ">>>" in block:
             continue
-        block = block.replace('"llava-hf/llava-1.5-7b-hf"', f'"{native_llava(place)}"')
+        block = block.replace('"llava-hf/llava-1.5-7b-hf"', f'"{save_native_llava(place / "base")}"')
         exec(compile(block, "README.md", "exec"), names)
         if "normalized" in names and "policy" not in names:
             assert names["actions"].shape == (1, 7)
@@ -48,17 +48,6 @@ def test_python_blocks_run_one_after_the_other(place, monkeypatch):
     obs = {"images": picture(1), "instruction": "move to the red block"}
     assert abs(names["policy"](obs)[2]) <= 0.01
     assert names["vla"].action_config.space().names == ("x", "y", "gripper")
-
-
-def native_llava(place):
-    from tiny import tiny_tokenizer
-
-    from hf_vla_actions.demo.tiny_vlm import build_vlm
-
-    model, processor = build_vlm(tiny_tokenizer(), seed=0)
-    model.save_pretrained(place / "base")
-    processor.save_pretrained(place / "base")
-    return place / "base"
 
 
 def test_refusal_reads_as_shown(place):

@@ -7,12 +7,11 @@ import sys
 import numpy as np
 import pytest
 import torch
-from tiny import INSTRUCTIONS, NAMES, picture, tiny_llama, tiny_llava, tiny_tokenizer
+from tiny import INSTRUCTIONS, NAMES, picture, save_native_llava, tiny_llama, tiny_llava, tiny_tokenizer
 
 from hf_vla_actions import AutoModelForActionPrediction
 from hf_vla_actions.data import ChunkDataset, LeRobotDataset
 from hf_vla_actions.data.lerobot_writer import LeRobotWriter
-from hf_vla_actions.demo.tiny_vlm import build_vlm
 from hf_vla_actions.errors import TrainingError, VLAActionsError
 from hf_vla_actions.train import ActionCollator, LoraArguments, VLATrainer, VLATrainingArguments, add_lora, fine_tune
 from hf_vla_actions.train.__main__ import main
@@ -53,12 +52,7 @@ def dataset_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def base_folder(tmp_path_factory):
-    """A native LLaVA as it comes from the Hub: no action tokens yet."""
-    folder = tmp_path_factory.mktemp("base") / "llava"
-    model, processor = build_vlm(tiny_tokenizer(), seed=3)
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
+    return save_native_llava(tmp_path_factory.mktemp("base") / "llava", seed=3)
 
 
 @pytest.fixture
@@ -299,6 +293,10 @@ def test_command_trains_and_a_trained_policy_gains_a_second_robot(dataset_folder
     assert both.vocabulary == config.vocabulary
 
 
+def command_line(model, dataset, out):
+    return ["--model_name_or_path", str(model), "--dataset", str(dataset), "--output_dir", str(out)]
+
+
 def launch(arguments, *, processes):
     return run_launcher(["-m", "hf_vla_actions.train", *arguments], processes=processes)
 
@@ -405,7 +403,7 @@ def test_nan_in_the_actions_ends_in_one_line(base_folder, tmp_path, capsys):
     column = table.schema.get_field_index("action")
     values = pa.FixedSizeListArray.from_arrays(pa.array(rows.ravel()), 7)
     pq.write_table(table.set_column(column, table.schema.field(column), values), file)
-    argv = ["--model_name_or_path", str(base_folder), "--dataset", str(folder), "--output_dir", str(tmp_path / "out")]
+    argv = command_line(base_folder, folder, tmp_path / "out")
     assert main([*argv, "--use_cpu"]) == 2
     error = capsys.readouterr().err
     assert "not finite" in error
@@ -437,7 +435,7 @@ def test_collator_travels_to_worker_processes_that_are_started_anew(chunks):
 @pytest.mark.parametrize(("low", "high"), [(-1.0, 1.0), (0.0, 0.08), (0.0, 100.0)])
 def test_gripper_that_contradicts_the_declared_convention_raises(low, high, tmp_path, base_folder, capsys):
     folder = write_dataset(tmp_path / "robot", gripper=(low, high))
-    argv = ["--model_name_or_path", str(base_folder), "--dataset", str(folder), "--output_dir", str(tmp_path / "out")]
+    argv = command_line(base_folder, folder, tmp_path / "out")
     argv += ["--use_cpu", "--max_steps", "1", "--save_strategy", "no", "--disable_tqdm", "true"]
     assert main(argv) == 2
     assert "--gripper_open" in capsys.readouterr().err
@@ -476,14 +474,7 @@ def test_folder_with_an_adapter_and_a_whole_model_raises(tmp_path):
 
 
 def test_resume_with_changed_options_raises(dataset_folder, base_folder, tmp_path, capsys):
-    argv = [
-        "--model_name_or_path",
-        str(base_folder),
-        "--dataset",
-        str(dataset_folder),
-        "--output_dir",
-        str(tmp_path / "o"),
-    ]
+    argv = command_line(base_folder, dataset_folder, tmp_path / "o")
     argv += ["--use_cpu", "--max_steps", "2", "--save_steps", "1", "--disable_tqdm", "true"]
     assert main(argv) == 0
     resume = [*argv, "--resume_from_checkpoint", "true", "--max_steps", "3"]
@@ -532,18 +523,15 @@ def test_options_that_a_trained_policy_cannot_change_raise(dataset_folder, tmp_p
         load(unnorm_key="my_robot")
     policy, key = load(unnorm_key="second")
     assert (key, policy.action_config.horizon) == ("second", 2)
+    policy.save_pretrained(tmp_path / "policy")
+    load(unnorm_key="second")
+    with pytest.raises(TrainingError, match="other action space under 'second'"):
+        load(unnorm_key="second", action_frame="tcp")
 
 
 @pytest.mark.parametrize("spelled", [["--learning_rate=1e-4"], ["--learning_rate", "1e-4"], []])
 def test_learning_rate_that_was_given_is_used(spelled, dataset_folder, base_folder, tmp_path):
-    argv = [
-        "--model_name_or_path",
-        str(base_folder),
-        "--dataset",
-        str(dataset_folder),
-        "--output_dir",
-        str(tmp_path / "o"),
-    ]
+    argv = command_line(base_folder, dataset_folder, tmp_path / "o")
     argv += [
         "--use_cpu",
         "--max_steps",

@@ -75,6 +75,14 @@ def tiny_llama(*, horizon=1, layout="append", seed=0, tie=False, **kwargs):
     return to_vla(model, tokenizer, action_config(tokenizer, horizon=horizon, layout=layout, **kwargs)).eval()
 
 
+def save_native_llava(folder, seed=0):
+    """A LLaVA as it comes from the Hub: no action tokens yet."""
+    model, processor = build_vlm(tiny_tokenizer(), seed=seed)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
 def sharpen(policy, scale=40.0, seed=0):
     """Give a random model opinions: its output rows grow, so that greedy decoding is far from ties."""
     with torch.no_grad():

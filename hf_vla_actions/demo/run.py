@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shutil
 import time
@@ -22,15 +21,13 @@ from hf_vla_actions.demo.pictures import draw_figure, draw_gif
 from hf_vla_actions.demo.tiny_vlm import FULL as TINY_FULL
 from hf_vla_actions.demo.tiny_vlm import PROMPT, TinyTraining, build_tokenizer, build_vlm
 from hf_vla_actions.demo.tiny_vlm import QUICK as TINY_QUICK
-from hf_vla_actions.demo.world import COLORS, INSTRUCTIONS
+from hf_vla_actions.demo.world import COLORS, INSTRUCTIONS, TabletopEnv
 from hf_vla_actions.errors import CheckpointError, VLAActionsError
 from hf_vla_actions.models import AutoModelForActionPrediction
 from hf_vla_actions.models.mixin import MODES
 from hf_vla_actions.train import VLATrainingArguments, fine_tune
 from hf_vla_actions.train.arguments import DataArguments, ModelArguments
 from hf_vla_actions.train.setup import chunk_datasets, load_policy, open_dataset
-
-logger = logging.getLogger(__name__)
 
 UNSEEN = 1_000_000  # seeds of the judged episodes start here; demonstrations are far below
 UNIT_OPTIONS = ["none" if unit is None else unit for unit in SPACE.units]
@@ -45,12 +42,14 @@ class DemoSettings:
         judged: unseen seeds.
         max_steps: of a free episode; bound ones get `slower` times as many, because their steps are shorter.
         slower: see above.
+        split_words: give each word a token instead of each sentence; much harder to learn.
     """
 
     training: TinyTraining
     judged: int = 50
     max_steps: int = 24
     slower: int = 3
+    split_words: bool = False
 
 
 FULL = DemoSettings(TINY_FULL)
@@ -61,7 +60,7 @@ def run_demo(folder: Path, settings: DemoSettings = FULL, *, seed: int = 0, limi
     """Run everything into a new folder.
 
     Args:
-        folder: gets `data/`, `base/`, `policy/`, `results.json`, `figure.png` and `rollout.gif`.
+        folder: gets `data/`, `policy/`, `results.json`, `figure.png`, `frame.png` and `rollout.gif`.
         settings: how much of everything.
         seed: of everything.
         limits: what is forbidden in the bound runs.
@@ -118,9 +117,9 @@ def run_demo(folder: Path, settings: DemoSettings = FULL, *, seed: int = 0, limi
 
 
 def train(folder: Path, data: Path, settings: DemoSettings, seed: int):
-    """Build the base model from nothing, save it, and fine-tune it as `hf_vla_actions.train` does."""
+    """Build a base model from nothing and fine-tune it from its folder, as `hf_vla_actions.train` does."""
     sentences = [text.format(color=color) for text in INSTRUCTIONS.values() for color in COLORS]
-    tokenizer = build_tokenizer(sentences)
+    tokenizer = build_tokenizer(sentences, split_words=settings.split_words)
     model, processor = build_vlm(tokenizer, seed=seed)
     model.save_pretrained(folder / "base")
     processor.save_pretrained(folder / "base")
@@ -155,6 +154,7 @@ def train(folder: Path, data: Path, settings: DemoSettings, seed: int):
         seed=seed,
     )
     _, metrics = fine_tune(policy, chunks, args, unnorm_key=key)
+    shutil.rmtree(folder / "base")
     return policy.eval(), metrics
 
 
@@ -182,13 +182,10 @@ def prove_checkpoint(policy, folder: Path, obs: dict) -> None:
 
 
 def _instruction(seed: int) -> str:
-    from hf_vla_actions.demo.world import TabletopEnv
-
     return TabletopEnv("reach").reset(seed=seed)[0]["instruction"]
 
 
 def _report(folder: Path, settings: DemoSettings, rows, results, limits: Limits) -> str:
-    shutil.rmtree(folder / "base")
     minutes = results["seconds"]["all"] / 60
     return (
         f"\n{settings.judged} unseen episodes of 'reach'; limits: {limits.step * 1000:.0f} mm a step along each axis, and "

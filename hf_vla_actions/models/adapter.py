@@ -31,12 +31,12 @@ def base_of(adapter: dict[str, Any], folder: str | Path) -> str:
 
     Args:
         adapter: content of `adapter_config.json`.
-        folder: where it was read; a base saved beside the adapter is found from there.
+        folder: where it was read; a relative path may start there.
     """
     name = adapter.get("base_model_name_or_path")
     if not name:
         raise CheckpointError(f"the adapter in {folder} does not say which base model it belongs to")
-    for candidate in (Path(name), Path(folder) / name, Path(folder).parent / Path(name).name):
+    for candidate in (Path(name), Path(folder) / name):
         if candidate.is_dir():
             return str(candidate)
     if Path(name).is_absolute() or name.startswith(".") or name.count("/") != 1:

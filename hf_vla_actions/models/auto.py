@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,6 @@ from hf_vla_actions.models.adapter import base_of, load_adapter
 from hf_vla_actions.models.families import family_of
 from hf_vla_actions.models.wrap import to_vla
 
-logger = logging.getLogger(__name__)
 ADAPTER_FILE = "adapter_config.json"
 
 

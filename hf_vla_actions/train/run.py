@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shutil
 from pathlib import Path
@@ -19,7 +18,6 @@ from hf_vla_actions.train.arguments import LoraArguments, VLATrainingArguments
 from hf_vla_actions.train.lora import add_lora, freeze_vision
 from hf_vla_actions.train.trainer import VLATrainer
 
-logger = logging.getLogger(__name__)
 TRAIN_SAMPLE = 64
 METRICS_FILE = "action_metrics.json"
 OWN_FILES = ("checkpoint-*", "adapter_*", "model*.safetensors*", "config.json", "action_config.json", METRICS_FILE)

@@ -140,14 +140,21 @@ def load_policy(
     model, processor = load_model(model_args.model_name_or_path, **options)
     old = _config_of(model_args.model_name_or_path)
     if old is None:
-        config = _new_config(model_args, data_args, model, processor)
-        config = replace(config, norm_stats=NormStats({key: entry}), spaces={key: space}, cameras=dataset.cameras)
+        tokenizer = processor.tokenizer if family_of(model.config).takes_images else processor
+        n_bins, tail = model_args.n_bins or DEFAULT_BINS, model_args.action_layout == "tail"
+        config = ActionConfig(
+            tokenizer=UniformActionTokenizer(n_bins, "openvla" if tail else "uniform"),
+            vocabulary=(ActionVocabulary.tail if tail else ActionVocabulary.append)(tokenizer, n_bins),
+            norm_stats=NormStats({key: entry}),
+            spaces={key: space},
+            horizon=1 if data_args.horizon is None else data_args.horizon,
+            prompt=model_args.prompt or DEFAULT_PROMPT,
+            cameras=dataset.cameras,
+        )
     else:
         _check_unchanged(old, model_args, data_args, dataset)
-        if key in old.norm_stats and old.norm_stats[key]["action"] != entry["action"]:
-            raise TrainingError(
-                f"the policy has other statistics under {key!r}: name this dataset with another --unnorm_key"
-            )
+        if key in old.norm_stats:
+            _check_same_robot(old, key, entry["action"], space)
         norm_stats = NormStats({**{k: old.norm_stats[k] for k in old.norm_stats}, key: entry})
         config = replace(old, norm_stats=norm_stats, spaces={**old.spaces, key: space})
     logger.info("actions of %r: %s", key, "; ".join(space.describe(i) for i in range(space.dof)))
@@ -176,15 +183,14 @@ def _check_unchanged(old: ActionConfig, model_args: ModelArguments, data_args: D
             raise TrainingError(f"the policy was trained with {option} {has!r}, got {wanted!r}; leave the option out")
 
 
-def _new_config(model_args: ModelArguments, data_args: DataArguments, model, processor) -> ActionConfig:
-    """The action config of a model that is no policy yet; statistics and spaces are filled in by the caller."""
-    tokenizer = processor.tokenizer if family_of(model.config).takes_images else processor
-    n_bins, tail = model_args.n_bins or DEFAULT_BINS, model_args.action_layout == "tail"
-    vocabulary = (ActionVocabulary.tail if tail else ActionVocabulary.append)(tokenizer, n_bins)
-    return ActionConfig(
-        tokenizer=UniformActionTokenizer(n_bins, "openvla" if tail else "uniform"),
-        vocabulary=vocabulary,
-        norm_stats={"_": {"action": ActionStats.from_ranges([-1], [1])}},
-        horizon=1 if data_args.horizon is None else data_args.horizon,
-        prompt=model_args.prompt or DEFAULT_PROMPT,
-    )
+def _check_same_robot(old: ActionConfig, key: str, stats: ActionStats, space: ActionSpace) -> None:
+    """Refuse to give the numbers of a key that the policy has another meaning."""
+    for what, has, wanted in (
+        ("statistics", old.stats(key), stats),
+        ("action space", old.space(key), space),
+    ):
+        if has != wanted:
+            raise TrainingError(
+                f"the policy has other {what} under {key!r}: name this dataset with another --unnorm_key, or describe "
+                "its actions as they were"
+            )
