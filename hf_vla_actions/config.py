@@ -42,6 +42,7 @@ class ActionConfig:
         prompt: what the model sees; must contain `{instruction}` once.
         limits: constraints of the robot that hold always, whatever a call asks for (real units).
         cameras: names of the pictures that the policy was trained on, in their order; empty if nobody has said.
+        chat: put the prompt into the chat template of the model's processor, if it has one.
 
     All of it is checked when it is made, saved as `action_config.json` and read again by `from_pretrained`.
     """
@@ -54,6 +55,7 @@ class ActionConfig:
     prompt: str = DEFAULT_PROMPT
     limits: Sequence[Constraint] = ()
     cameras: Sequence[str] = ()
+    chat: bool = True
 
     def __post_init__(self):
         stats = self.norm_stats if isinstance(self.norm_stats, NormStats) else NormStats(self.norm_stats)
@@ -83,6 +85,7 @@ class ActionConfig:
                 raise VLAActionsError(
                     f"{key!r}: statistics of {stats.dof} dimensions for the {space.dof} of its space"
                 )
+            self.vocabulary.table(space.dof)  # raises if each dimension has ids of its own, for another number of them
             if stats.mode == "normal":
                 raise VLAActionsError(
                     f"{key!r}: bins cover [-1, 1] and would cut z-scores (mode 'normal') at one standard deviation; "
@@ -151,10 +154,7 @@ class ActionConfig:
         """The prompt of one instruction. Text of action tokens inside it raises: it would become actions."""
         if not isinstance(instruction, str) or not instruction.strip():
             raise VLAActionsError(f"an instruction is a sentence, got {instruction!r}")
-        if self.vocabulary.layout == "append":
-            hidden = [token for token in self.vocabulary.tokens if token in instruction]
-            if hidden:
-                raise VLAActionsError(f"the instruction {instruction!r} contains the action token {hidden[0]!r}")
+        self.vocabulary.check_instruction(instruction)
         return self.prompt.format(instruction=instruction.strip())
 
     def to_dict(self) -> dict[str, Any]:
@@ -169,6 +169,7 @@ class ActionConfig:
             "prompt": self.prompt,
             "limits": [limit.to_dict() for limit in self.limits],
             "cameras": list(self.cameras),
+            "chat": bool(self.chat),
         }
 
     @classmethod
@@ -186,6 +187,7 @@ class ActionConfig:
             prompt=values["prompt"],
             limits=[constraint_from_dict(limit) for limit in values["limits"]],
             cameras=values["cameras"],
+            chat=values.get("chat", False),  # policies saved before there was a choice were trained without
         )
 
     def save_pretrained(self, save_directory: str | os.PathLike) -> Path:

@@ -26,6 +26,10 @@ DEAD = (
     "no action token is left{where}: the scores of all allowed tokens are -inf, or one is NaN or +inf, before TACO sees "
     "them (a broken model, another logits processor, or min_new_tokens beyond the action)"
 )
+HISTORY = (
+    "the ids end in more action tokens than a chunk has, or in a different number of them in each row: the prompt ends in "
+    "a history of actions. Pass prompt_length=input_ids.shape[1]"
+)
 
 
 class _RefusedByContinuousBatching:
@@ -48,7 +52,7 @@ class _RefusedByContinuousBatching:
 class _Tables:
     """Lookup tables on one device; n = horizon * dof positions, S samples, K codes."""
 
-    ids: torch.Tensor  # (K,) token id of each code
+    ids: torch.Tensor  # (D, K) token id of each code; D = dof if each dimension has ids of its own, else 1
     is_action: torch.Tensor  # (largest id + 2,) bool; the last entry stands for all ids beyond
     allowed: torch.Tensor  # (S, n, K) bool
     receives: torch.Tensor | None  # (S, n, K) bool: some forbidden code moves its mass here
@@ -68,9 +72,11 @@ class TACOLogitsProcessor(LogitsProcessor):
         action_config: what turns token ids into robot commands.
         unnorm_key: which statistics and action space; may be omitted when there is one.
         prompt_length: length of the prompt in tokens, padding included; 0 if the prompt comes as `inputs_embeds`.
-            Without it the position within the chunk is the number of action tokens at the end of the ids: slower, a
-            prompt that itself ends in action tokens would be continued, and after the closing token, where
-            `generate` stops if that is its `eos_token_id`, a new chunk would begin.
+            Without it the position within the chunk is the number of action tokens at the end of the ids: slower,
+            and after the closing token, where `generate` stops if that is its `eos_token_id`, a new chunk would
+            begin. A prompt that itself ends in action tokens (a history of actions) needs it: the `generate` of a
+            policy refuses such a prompt without it; here only what cannot be anything else is refused (a run of
+            action tokens longer than a chunk, or rows whose runs differ).
         context: what the robot knows now; no constraint of this release needs any.
         mode: "mask": forbidden tokens get -inf, the others keep their score. "transport": the probability of each
             forbidden token moves to the nearest allowed one (in real units), the others keep their score. "project":
@@ -175,7 +181,9 @@ class TACOLogitsProcessor(LogitsProcessor):
             out[:, end] = scores[:, end]
             self._check_alive(out[:, end])
             return out  # type: ignore[return-value]
-        actions = self._constrain(scores.index_select(1, tables.ids), tables, position)
+        ids = self._ids_at(tables, position)
+        chosen = scores.index_select(1, ids) if ids.ndim == 1 else scores.gather(1, ids)
+        actions = self._constrain(chosen, tables, position)
         best = actions.amax(dim=1)
         if isinstance(position, torch.Tensor):
             done = position >= self.n_tokens
@@ -183,7 +191,31 @@ class TACOLogitsProcessor(LogitsProcessor):
             out[:, end] = torch.where(done, scores[:, end], -torch.inf)
             best = torch.where(done, scores[:, end], best)
         self._check_alive(best)
-        return out.index_copy_(1, tables.ids, actions)  # type: ignore[return-value]
+        if ids.ndim == 1:
+            return out.index_copy_(1, ids, actions)  # type: ignore[return-value]
+        return out.scatter_(1, ids, actions)  # type: ignore[return-value]
+
+    def check_prompt(self, input_ids: torch.Tensor | None) -> None:
+        """Raise if this processor would take the end of a prompt for actions it has to continue.
+
+        Args:
+            input_ids: (batch, length) that generation starts from; None if the prompt comes as `inputs_embeds` alone.
+        """
+        length = 0 if input_ids is None else input_ids.shape[1]
+        if self.prompt_length is not None:
+            if self.prompt_length != length:
+                raise ConstraintError(f"prompt_length is {self.prompt_length}, but the prompt has {length} tokens")
+        elif input_ids is not None and length and self.vocabulary.find(input_ids[:, -1].cpu().numpy()).any():
+            raise ConstraintError(
+                "the prompt ends in action tokens, which would be taken for the beginning of the new chunk: pass "
+                f"prompt_length={length} to TACOLogitsProcessor"
+            )
+
+    def _ids_at(self, tables: _Tables, position: int | torch.Tensor) -> torch.Tensor:
+        """Token ids of the codes at a position: (K,), or (rows, K) if rows are at different dimensions."""
+        if len(tables.ids) == 1:
+            return tables.ids[0]
+        return tables.ids[position % len(tables.ids)]
 
     def _constrain(self, actions: torch.Tensor, tables: _Tables, position: int | torch.Tensor) -> torch.Tensor:
         """Scores of the action tokens (rows, K), by code, under the constraints of their position."""
@@ -216,8 +248,12 @@ class TACOLogitsProcessor(LogitsProcessor):
             if position < 0:
                 raise ConstraintError(f"prompt_length is {self.prompt_length}, but there are {input_ids.shape[1]} ids")
             return position
-        recent = input_ids[:, -self.n_tokens :].clamp(0, len(tables.is_action) - 1)
-        return tables.is_action[recent].flip(1).long().cumprod(1).sum(1)
+        recent = input_ids[:, -self.n_tokens - 1 :].clamp(0, len(tables.is_action) - 1)
+        position = tables.is_action[recent].flip(1).long().cumprod(1).sum(1)
+        # Rows advance together; one that another stopping criterion has ended has no action token at its end.
+        fits = (position <= self.n_tokens) & ((position == 0) | (position == position.amax()))
+        _require(fits.all(), HISTORY)
+        return position
 
     def _check(self, input_ids: torch.Tensor, scores: torch.Tensor) -> None:
         if input_ids.ndim != 2 or scores.ndim != 2 or len(input_ids) != len(scores):
@@ -239,19 +275,25 @@ class TACOLogitsProcessor(LogitsProcessor):
     def _check_alive(self, best: torch.Tensor) -> None:
         """Raise if a row has no token left: greedy decoding would emit token 0, which is some action or other."""
         alive = best.abs() < torch.inf  # False for NaN too
-        if best.device.type == "cuda":
-            torch._assert_async(alive.all(), DEAD.format(where=""))
-        elif not alive.all():
-            raise ConstraintError(DEAD.format(where=f" in row {int((~alive).nonzero()[0])}"))
+        where = "" if best.device.type == "cuda" or alive.all() else f" in row {int((~alive).nonzero()[0])}"
+        _require(alive.all(), DEAD.format(where=where))
 
     def _tables_on(self, device: torch.device) -> _Tables:
         if device not in self._tables:
             arrays = {name: None if a is None else torch.from_numpy(a).to(device) for name, a in self._arrays.items()}
-            ids = torch.tensor(self.vocabulary.token_ids, device=device)
+            ids = torch.tensor(np.atleast_2d(self.vocabulary.token_ids), device=device)
             is_action = torch.zeros(int(self.vocabulary.token_ids.max()) + 2, dtype=torch.bool, device=device)
-            is_action[ids] = True
+            is_action[ids.reshape(-1)] = True
             self._tables[device] = _Tables(ids=ids, is_action=is_action, **arrays)  # type: ignore[arg-type]
         return self._tables[device]
+
+
+def _require(condition: torch.Tensor, message: str) -> None:
+    """Raise unless a condition () bool holds: at once, or asynchronously where reading it would stall the device."""
+    if condition.device.type == "cuda":
+        torch._assert_async(condition, message)
+    elif not condition:
+        raise ConstraintError(message)
 
 
 def _sum_by_target(scores: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

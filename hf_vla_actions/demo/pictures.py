@@ -42,7 +42,8 @@ def first_dimension(policy, obs, constraints: Sequence[Range], mode: str | None)
         output_scores=True,
         return_dict_in_generate=True,
     )
-    ids = torch.tensor(policy.action_config.vocabulary.token_ids.tolist())
+    config = policy.action_config
+    ids = torch.tensor(config.vocabulary.table(config.space().dof)[0])
     return torch.softmax(out.scores[0][0].cpu()[ids].double(), dim=0).numpy()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +12,8 @@ from tokenizers import AddedToken
 
 from hf_vla_actions.errors import ActionTokenError
 
-LAYOUTS = ("append", "tail")
+_ACTION_TOKEN = re.compile(r"<act_(\d+_)?\d+>")
+LAYOUTS = ("append", "tail", "per_dimension", "spare")
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,10 +21,13 @@ class ActionVocabulary:
     """Which token id stands for which code, and which id closes an action.
 
     Args:
-        token_ids: (n_codes,) id of each code, in the order of the codes.
+        token_ids: (n_codes,) id of each code, in the order of the codes; or (dof, n_codes) where each dimension of
+            the action has ids of its own.
         end_token_id: id that ends an action: the tokenizer's end of sequence.
-        layout: "append" (new tokens behind the vocabulary) or "tail" (OpenVLA: the last ids, counted backwards).
-        tokens: text of each action token, checked against the tokenizer when a checkpoint is loaded.
+        layout: how it was made: "append" (new tokens behind the vocabulary), "per_dimension" (the same, a block for
+            each dimension, as in RT-2), "tail" (OpenVLA: the last ids, counted backwards) or "spare" (ids from a list).
+        tokens: text of each action token, in the order of `token_ids` flattened, checked against the tokenizer when a
+            checkpoint is loaded; "" where the tokenizer has none.
     """
 
     token_ids: np.ndarray
@@ -30,21 +36,28 @@ class ActionVocabulary:
     tokens: tuple[str, ...] = field(repr=False)
 
     def __post_init__(self):
-        ids = np.array(self.token_ids, dtype=np.int64)
-        if ids.ndim != 1 or not ids.size or (ids < 0).any() or len(np.unique(ids)) != len(ids):
+        ids = np.array(self.token_ids)
+        if ids.ndim not in (1, 2) or not ids.size or ids.dtype.kind not in "iu":
+            raise ActionTokenError(
+                f"token_ids are whole numbers of shape (n_codes,) or (dof, n_codes), got {ids.dtype} {ids.shape}"
+            )
+        ids = ids.astype(np.int64)
+        if (ids < 0).any() or len(np.unique(ids)) != ids.size:
             raise ActionTokenError("token_ids must be different ids that are not negative, one a code")
-        if len(self.tokens) != len(ids):
-            raise ActionTokenError(f"{len(ids)} token ids with {len(self.tokens)} token texts")
+        if len(self.tokens) != ids.size:
+            raise ActionTokenError(f"{ids.size} token ids with {len(self.tokens)} token texts")
         if self.end_token_id in ids:
             raise ActionTokenError(f"the end token {self.end_token_id} is also an action token")
         if self.layout not in LAYOUTS:
             raise ActionTokenError(f"layout must be one of {list(LAYOUTS)}, got {self.layout!r}")
+        if self.layout == "per_dimension" and ids.ndim != 2:
+            raise ActionTokenError(f"the layout 'per_dimension' has ids of shape (dof, n_codes), got {ids.shape}")
         ids.setflags(write=False)
         object.__setattr__(self, "token_ids", ids)
         object.__setattr__(self, "tokens", tuple(self.tokens))
-        code_of_id = np.full(ids.max() + 1, -1, dtype=np.int64)
-        code_of_id[ids] = np.arange(len(ids))
-        object.__setattr__(self, "_code_of_id", code_of_id)
+        place = np.full(ids.max() + 1, -1, dtype=np.int64)
+        place[ids.reshape(-1)] = np.arange(ids.size)
+        object.__setattr__(self, "_place_of_id", place)
 
     @classmethod
     def append(cls, tokenizer, n_codes: int = 256) -> ActionVocabulary:
@@ -55,78 +68,173 @@ class ActionVocabulary:
 
         The embeddings of the model must grow to match: `to_vla` does it.
         """
-        width = max(3, len(str(n_codes - 1)))
-        tokens = [f"<act_{code:0{width}d}>" for code in range(n_codes)]
+        return cls._added(tokenizer, (n_codes,), "append")
+
+    @classmethod
+    def per_dimension(cls, tokenizer, n_codes: int = 256, dof: int = 7) -> ActionVocabulary:
+        """RT-2's layout with tokens of their own: `<act_0_000>` ... , one block of `n_codes` for each dimension.
+
+        `n_codes` * `dof` tokens are added behind the vocabulary of `tokenizer` (changed in place). A bin of x and the
+        same bin of the gripper then share nothing, and `TACOLogitsProcessor` allows each position its own block only.
+        """
+        return cls._added(tokenizer, (dof, n_codes), "per_dimension")
+
+    @classmethod
+    def tail(cls, tokenizer, n_codes: int = 256) -> ActionVocabulary:
+        """OpenVLA's layout: code k is the id `vocab_size - 1 - k`, on words that the model must not need otherwise.
+
+        `vocab_size` is that of the original vocabulary, without added tokens such as padding. Where such words can
+        stand in a prompt, `to_vla` warns: the model would read them as actions.
+        """
+        size = tokenizer.vocab_size
+        if not 0 < n_codes < size:
+            raise ActionTokenError(f"{n_codes} action tokens do not fit into a vocabulary of {size}")
+        ids = size - 1 - np.arange(n_codes)
+        return cls(ids, _end_id(tokenizer), "tail", _texts(tokenizer, ids))
+
+    @classmethod
+    def spare(cls, tokenizer, ids: Sequence[int] | np.ndarray) -> ActionVocabulary:
+        """Use ids that a vocabulary has to spare: `<unused0>`, reserved tokens, embedding rows without a token.
+
+        Args:
+            tokenizer: left as it is.
+            ids: (n_codes,) in the order of the codes, or (dof, n_codes). Special tokens of the tokenizer raise.
+        """
+        flat = np.asarray(ids).reshape(-1).tolist()
+        special = sorted(set(tokenizer.all_special_ids) & set(flat))
+        if special:
+            raise ActionTokenError(
+                f"ids {special[:5]} are special tokens ({tokenizer.convert_ids_to_tokens(special[:5])}), not to spare"
+            )
+        return cls(np.asarray(ids), _end_id(tokenizer), "spare", _texts(tokenizer, flat))
+
+    @classmethod
+    def _added(cls, tokenizer, shape: tuple[int, ...], layout: str) -> ActionVocabulary:
+        if min(shape) < 1:
+            raise ActionTokenError(f"an action vocabulary has at least one token, got the sizes {shape}")
+        width = max(3, len(str(shape[-1] - 1)))
+        places = list(np.ndindex(*shape))
+        tokens = ["<act_" + "".join(f"{i}_" for i in block) + f"{code:0{width}d}>" for *block, code in places]
         vocabulary = tokenizer.get_vocab()
         known = [token for token in tokens if token in vocabulary]
-        more = f"<act_{n_codes:0{width}d}>" in vocabulary
-        if known and (len(known) < n_codes or more):
+        # Another number of codes or blocks would find some of its tokens, or others besides them.
+        others = {token for token in vocabulary if _ACTION_TOKEN.fullmatch(token)} - set(tokens)
+        if others or (known and len(known) < len(tokens)):
             raise ActionTokenError(
-                f"the tokenizer already has action tokens, but not exactly the {n_codes} wanted; "
+                f"the tokenizer already has action tokens, but not exactly the {len(tokens)} wanted; "
                 "start from the original tokenizer or ask for the number it was extended with"
             )
         if not known:
             # normalized=False keeps runs of action tokens whole on Llama-style vocabularies, where the normalizer
             # would put a space piece in front of each; special=False keeps them in decoded text.
             tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in tokens])
-        ids = tokenizer.convert_tokens_to_ids(tokens)
-        return cls(np.array(ids), _end_id(tokenizer), "append", tuple(tokens))
-
-    @classmethod
-    def tail(cls, tokenizer, n_codes: int = 256) -> ActionVocabulary:
-        """OpenVLA's layout: code k is the id `vocab_size - 1 - k`, on words that the model must not need otherwise.
-
-        `vocab_size` is that of the original vocabulary, without added tokens such as padding.
-        """
-        size = tokenizer.vocab_size
-        if not 0 < n_codes < size:
-            raise ActionTokenError(f"{n_codes} action tokens do not fit into a vocabulary of {size}")
-        ids = size - 1 - np.arange(n_codes)
-        return cls(ids, _end_id(tokenizer), "tail", tuple(tokenizer.convert_ids_to_tokens(ids.tolist())))
+        ids = np.array(tokenizer.convert_tokens_to_ids(tokens)).reshape(shape)
+        return cls(ids, _end_id(tokenizer), layout, tuple(tokens))
 
     @property
     def n_codes(self) -> int:
-        """How many codes have an id."""
-        return len(self.token_ids)
+        """How many codes there are for one number of an action."""
+        return self.token_ids.shape[-1]
+
+    @property
+    def dof(self) -> int | None:
+        """How many dimensions have ids of their own; None where all share them."""
+        return self.token_ids.shape[0] if self.token_ids.ndim == 2 else None
+
+    @property
+    def in_prompts(self) -> bool:
+        """Whether the ids are words that a prompt may contain; elsewhere a prompt with one of them is refused."""
+        return self.layout == "tail"
+
+    def table(self, dof: int) -> np.ndarray:
+        """(dof, n_codes) id of each code in each dimension of an action."""
+        if self.dof not in (None, dof):
+            raise ActionTokenError(f"the action vocabulary has ids for {self.dof} dimensions, the action has {dof}")
+        return np.broadcast_to(self.token_ids, (dof, self.n_codes))
 
     def to_ids(self, codes) -> np.ndarray:
-        """Token ids of codes, int64 of the same shape; a code that does not exist raises."""
+        """Token ids of codes, int64 of the same shape; a code that does not exist raises.
+
+        Args:
+            codes: (..., horizon * dof), dimension after dimension, step after step; any shape where all dimensions
+                share their ids.
+        """
         codes = np.asarray(codes)
         if codes.dtype.kind not in "iu" or (codes.size and (codes.min() < 0 or codes.max() >= self.n_codes)):
             raise ActionTokenError(f"codes are whole numbers from 0 to {self.n_codes - 1}, got {codes!r}")
-        return self.token_ids[codes]
+        if self.dof is None:
+            return self.token_ids[codes]
+        return self.token_ids[self._dimensions(codes), codes]
 
     def to_codes(self, ids) -> np.ndarray:
-        """Codes of token ids, int64 of the same shape; an id that is no action token raises."""
+        """Codes of token ids, int64 of the same shape.
+
+        Args:
+            ids: as `to_ids` returns them.
+
+        Raises:
+            ActionTokenError: an id is no action token, or one of another dimension.
+        """
         ids = np.asarray(ids)
         if ids.dtype.kind not in "iu":
             raise ActionTokenError(f"token ids are whole numbers, got dtype {ids.dtype}")
-        table: np.ndarray = self._code_of_id  # type: ignore[attr-defined]
+        table: np.ndarray = self._place_of_id  # type: ignore[attr-defined]
         inside = (ids >= 0) & (ids < len(table))
-        codes = np.where(inside, table[np.where(inside, ids, 0)], -1)
-        if (codes < 0).any():
-            bad = ids[codes < 0].reshape(-1)[:5].tolist()
+        place = np.where(inside, table[np.where(inside, ids, 0)], -1)
+        if (place < 0).any():
+            bad = ids[place < 0].reshape(-1)[:5].tolist()
             low, high = self.token_ids.min(), self.token_ids.max()
             raise ActionTokenError(
-                f"ids {bad} are no action tokens (those are {self.n_codes} ids within {low}..{high}); "
+                f"ids {bad} are no action tokens (those are {self.token_ids.size} ids within {low}..{high}); "
                 "generate with TACOLogitsProcessor, which allows nothing else"
+            )
+        if self.dof is None:
+            return place
+        block, codes = np.divmod(place, self.n_codes)
+        astray = block != self._dimensions(ids)
+        if astray.any():
+            raise ActionTokenError(
+                f"ids {ids[astray].reshape(-1)[:5].tolist()} are action tokens of another dimension than the one they "
+                "stand for; generate with TACOLogitsProcessor, which allows each position its own block only"
             )
         return codes
 
+    def _dimensions(self, values: np.ndarray) -> np.ndarray:
+        """The dimension of each place of the last axis."""
+        if not values.ndim or values.shape[-1] % self.token_ids.shape[0]:
+            raise ActionTokenError(
+                f"each of {self.dof} dimensions has ids of its own: pass whole actions (..., horizon * {self.dof}), "
+                f"got shape {values.shape}"
+            )
+        return np.arange(values.shape[-1]) % self.token_ids.shape[0]
+
     def check(self, tokenizer) -> None:
         """Raise if the tokenizer gives other text to the action ids, or another id to the end of a sequence."""
-        found = tokenizer.convert_ids_to_tokens(self.token_ids.tolist())
+        ids = self.token_ids.reshape(-1)
+        found = _texts(tokenizer, ids)
         wrong = [i for i, (a, b) in enumerate(zip(found, self.tokens, strict=True)) if a != b]
         if wrong:
             i = wrong[0]
             raise ActionTokenError(
-                f"the tokenizer does not belong to this action vocabulary: id {self.token_ids[i]} is {found[i]!r}, "
-                f"not {self.tokens[i]!r} ({len(wrong)} of {self.n_codes} differ); load the tokenizer of the checkpoint"
+                f"the tokenizer does not belong to this action vocabulary: id {ids[i]} is {found[i]!r}, "
+                f"not {self.tokens[i]!r} ({len(wrong)} of {len(ids)} differ); load the tokenizer of the checkpoint"
             )
         if _end_id(tokenizer) != self.end_token_id:
             raise ActionTokenError(
                 f"actions end with id {self.end_token_id}, the tokenizer's end of sequence is {tokenizer.eos_token_id}"
             )
+
+    def check_instruction(self, instruction: str) -> None:
+        """Raise if a user's sentence contains the text of an added action token: it would become an action."""
+        if self.layout not in ("append", "per_dimension"):
+            return  # words and reserved tokens are found by their ids, once the prompt is made of ids
+        hidden = [token for token in self.tokens if token in instruction]
+        if hidden:
+            raise ActionTokenError(f"the instruction {instruction!r} contains the action token {hidden[0]!r}")
+
+    def find(self, ids) -> np.ndarray:
+        """Which of some token ids are action tokens: bool of the same shape."""
+        return np.isin(np.asarray(ids), self.token_ids)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values; inverse of `from_dict`."""
@@ -142,6 +250,11 @@ class ActionVocabulary:
         return isinstance(other, ActionVocabulary) and self.to_dict() == other.to_dict()
 
     __hash__ = None  # type: ignore[assignment]
+
+
+def _texts(tokenizer, ids) -> tuple[str, ...]:
+    """Text of each id; "" for ids of embedding rows that the tokenizer has no token for."""
+    return tuple(text or "" for text in tokenizer.convert_ids_to_tokens([int(i) for i in ids]))
 
 
 def _end_id(tokenizer) -> int:

@@ -23,7 +23,7 @@ def add_lora(policy, args: LoraArguments) -> Any:
     """
     from peft import LoraConfig, get_peft_model
 
-    ids = policy.action_config.vocabulary.token_ids.tolist()
+    ids = policy.action_config.vocabulary.token_ids.reshape(-1).tolist()
     embeddings = (policy.get_input_embeddings(), policy.get_output_embeddings())
     vision = family_of(policy.config).vision_modules
     exclude = rf".*({'|'.join(vision)}).*" if vision and not args.lora_vision else None

@@ -42,7 +42,9 @@ class VLATrainer(Trainer):
         # Trainer would not count the first label of each row, as if labels still were to be shifted; here every one is
         # a target, and the loss is divided by their number.
         self._loss_shifts_labels = False
-        self._ids = torch.tensor(policy.action_config.vocabulary.token_ids.tolist())
+        config = policy.action_config
+        table = config.vocabulary.table(config.space(self.unnorm_key).dof)
+        self._ids = torch.tensor(np.tile(table, (config.horizon, 1)))  # (horizon * dof, n_codes)
 
     def training_step(self, model, inputs, *args, **kwargs) -> torch.Tensor:
         """One step; a loss that is not finite raises and names the samples, before the weights change."""
@@ -66,7 +68,8 @@ class VLATrainer(Trainer):
         """(batch, horizon * dof) most likely code of each action token, given the demonstrated ones before it."""
         logits = logits[0] if isinstance(logits, tuple) else logits
         wanted = logits[:, -labels.shape[1] - 1 : -2]
-        return wanted[..., self._ids.to(wanted.device)].argmax(dim=-1)
+        ids = self._ids.to(wanted.device).expand(len(wanted), -1, -1)
+        return wanted.gather(-1, ids).argmax(dim=-1)
 
     def _metrics(self, prediction) -> dict[str, float]:
         return chunk_metrics(
@@ -117,7 +120,7 @@ def chunk_metrics(config: ActionConfig, unnorm_key: str, codes: np.ndarray, labe
     space = config.space(unnorm_key)
     chunk = (len(labels), config.horizon, space.dof)
     pad_mask = (labels.reshape(chunk) != IGNORED).all(axis=-1)
-    ids = np.where(labels == IGNORED, config.vocabulary.token_ids[0], labels)
+    ids = np.where(labels == IGNORED, config.vocabulary.to_ids(np.zeros_like(labels)), labels)
     true_normalized, true_actions = config.decode(ids, unnorm_key)
     normalized, actions = config.decode(config.vocabulary.to_ids(codes), unnorm_key)
     true_codes = config.vocabulary.to_codes(ids).reshape(chunk)
