@@ -97,6 +97,10 @@ class CheckpointError(VLAActionsError):
     """A checkpoint that is incomplete or does not fit the model."""
 
 
+class SelfTestError(CheckpointError):
+    """A policy that does not use its picture or its instruction, found before it moves anything."""
+
+
 class TrainingError(VLAActionsError):
     """Training that cannot start or must not go on."""
 

@@ -273,7 +273,7 @@ def test_what_cannot_be_prepared_raises():
         (llava, (images[0].astype(float), sentences[0]), "uint8"),
         (llava, (images[0][..., 0], sentences[0]), "uint8"),
         (llava, ([], sentences[0]), "no picture"),
-        (llava, (images[0], "look at <image>"), "image token"),
+        (llava, (images[0], "look at <image>"), "<image>.*controls the model"),
         (llava, (images[0], "<act_001>"), "action token"),
         (llava, ([], []), "no instruction"),
     ]

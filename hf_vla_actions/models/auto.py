@@ -32,12 +32,15 @@ class AutoModelForActionPrediction:
         raise TypeError("use AutoModelForActionPrediction.from_pretrained(path)")
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, *, config: ActionConfig | None = None, **kwargs: Any):
+    def from_pretrained(
+        cls, path: str | Path, *, config: ActionConfig | None = None, self_test: bool = True, **kwargs: Any
+    ):
         """Load a policy: a full checkpoint or a LoRA adapter, from a folder or from the Hub.
 
         Args:
             path: folder or repository id.
             config: instead of the checkpoint's own `action_config.json`.
+            self_test: check once that pictures and instructions change the actions (a few forward passes).
             kwargs: passed on to the model's `from_pretrained` (`dtype`, `device_map`, `revision`, ...).
 
         Returns:
@@ -46,12 +49,14 @@ class AutoModelForActionPrediction:
 
         Raises:
             CheckpointError: a file is missing, or a weight is missing or unexpected.
+            SelfTestError: the policy ignores its picture or its instruction.
         """
         path = str(path)
-        action_config = config or ActionConfig.from_pretrained(path, **_hub(kwargs))
+        action_config = config or ActionConfig.from_pretrained(path, **hub_arguments(kwargs))
         adapter = _adapter_config(path, kwargs)
         if adapter is None:
-            return to_vla(*load_model(path, **kwargs), action_config).eval()
+            policy = to_vla(*load_model(path, **kwargs), action_config).eval()
+            return policy.self_test() if self_test else policy
         if (Path(path) / "config.json").is_file():
             raise CheckpointError(
                 f"{path} holds both an adapter and a whole model, which of them is meant? Remove adapter_config.json or "
@@ -62,15 +67,18 @@ class AutoModelForActionPrediction:
         if adapter.get("revision"):
             options["revision"] = adapter["revision"]
         model, _ = load_model(base_of(adapter, path), **options)
-        processor = load_processor(path, model.config, **_hub(kwargs))
-        return load_adapter(to_vla(model, processor, action_config), path, **_hub(kwargs)).eval()
+        processor = load_processor(path, model.config, **hub_arguments(kwargs))
+        adapted = load_adapter(to_vla(model, processor, action_config), path, **hub_arguments(kwargs)).eval()
+        if self_test:
+            adapted.get_base_model().self_test()
+        return adapted
 
 
 def load_model(path: str, **kwargs: Any) -> tuple[Any, Any]:
     """Load a native model with its processor (for a text-only model its tokenizer); incomplete weights raise."""
     check_source(path)
     try:
-        config = AutoConfig.from_pretrained(path, **_hub(kwargs))
+        config = kwargs.get("config") or AutoConfig.from_pretrained(path, **hub_arguments(kwargs))
         family = family_of(config)
         auto: Any = AutoModelForImageTextToText if family.takes_images else AutoModelForCausalLM
         model, info = auto.from_pretrained(path, output_loading_info=True, **kwargs)
@@ -80,14 +88,14 @@ def load_model(path: str, **kwargs: Any) -> tuple[Any, Any]:
     if any(problems.values()):
         summary = "; ".join(f"{name}: {len(keys)} ({keys[:2]})" for name, keys in problems.items() if keys)
         raise CheckpointError(f"the weights in {path!r} do not fit a {type(model).__name__}: {summary}")
-    return model, load_processor(path, config, **_hub(kwargs))
+    return model, load_processor(path, config, **hub_arguments(kwargs))
 
 
-def load_processor(path: str, config, **hub_arguments: Any):
+def load_processor(path: str, config, **hub_options: Any):
     """Load the processor of a vision model, or the tokenizer of a text-only one."""
     takes_images = family_of(config).takes_images
     try:
-        processor = (AutoProcessor if takes_images else AutoTokenizer).from_pretrained(path, **hub_arguments)
+        processor = (AutoProcessor if takes_images else AutoTokenizer).from_pretrained(path, **hub_options)
     except (OSError, ValueError) as error:
         what = "processor" if takes_images else "tokenizer"
         raise CheckpointError(f"no {what} to be had from {path!r}: {str(error).splitlines()[0]}") from None
@@ -99,7 +107,8 @@ def load_processor(path: str, config, **hub_arguments: Any):
     return processor
 
 
-def _hub(kwargs: dict[str, Any]) -> dict[str, Any]:
+def hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Those of some keyword arguments that say where on the Hub to look."""
     names = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "force_download")
     return {name: kwargs[name] for name in names if name in kwargs}
 
@@ -110,6 +119,6 @@ def _adapter_config(path: str, kwargs: dict[str, Any]) -> dict[str, Any] | None:
         ADAPTER_FILE,
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_gated_repo=False,
-        **_hub(kwargs),
+        **hub_arguments(kwargs),
     )
     return None if file is None else json.loads(Path(file).read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""How each family of models wants its images announced in the prompt."""
+"""How each family of models wants its pictures announced in the prompt, and where its vision lives."""
 
 from __future__ import annotations
 
@@ -16,40 +16,61 @@ class ModelFamily:
     Args:
         name: for messages.
         takes_images: false for models that only read text.
-        prompt: (processor, prompt text, number of images) to the text that the processor is given.
+        announce: (processor, number of pictures) to the text in front of a prompt that no chat template wraps.
         vision_modules: names of the modules that LoRA and freezing leave out unless asked.
-        image_tokens: (processor) to the texts that an instruction must not contain.
+        suffix_type: `token_type_ids` of the tokens that follow the prompt, where the model has any.
+        own_positions: the model computes its positions from the sizes of the pictures, in several dimensions.
     """
 
     name: str
     takes_images: bool
-    prompt: Callable[[Any, str, int], str]
+    announce: Callable[[Any, int], str]
     vision_modules: tuple[str, ...]
-    image_tokens: Callable[[Any], tuple[str, ...]]
-
-
-def _llava_prompt(processor, prompt: str, n_images: int) -> str:
-    return f"{processor.image_token * n_images}\n{prompt}"
-
-
-def _text_prompt(processor, prompt: str, n_images: int) -> str:
-    return prompt
-
-
-def _llava_image_tokens(processor) -> tuple[str, ...]:
-    return (processor.image_token,)
-
-
-def _no_image_tokens(processor) -> tuple[str, ...]:
-    return ()
+    suffix_type: int = 0
+    own_positions: bool = False
 
 
 # Functions of the module, because a collator must travel to worker processes that are started anew.
-TEXT_ONLY = ModelFamily("text-only", False, _text_prompt, (), _no_image_tokens)
-LLAVA = ModelFamily("LLaVA", True, _llava_prompt, ("vision_tower", "multi_modal_projector"), _llava_image_tokens)
+def _nothing(processor, n_images: int) -> str:
+    return ""
+
+
+def _image_tokens(processor, n_images: int) -> str:
+    return processor.image_token * n_images
+
+
+def _image_tokens_and_line(processor, n_images: int) -> str:
+    return processor.image_token * n_images + "\n"
+
+
+def _begin_of_image(processor, n_images: int) -> str:
+    return processor.boi_token * n_images
+
+
+def _qwen_vision(processor, n_images: int) -> str:
+    return f"<|vision_start|>{processor.image_token}<|vision_end|>" * n_images
+
+
+TEXT_ONLY = ModelFamily("text-only", False, _nothing, ())
+LLAVA = ModelFamily("LLaVA", True, _image_tokens_and_line, ("vision_tower", "multi_modal_projector"))
+IDEFICS3 = ModelFamily("Idefics3", True, _image_tokens, ("vision_model", "connector"))
+SMOLVLM = ModelFamily("SmolVLM", True, _image_tokens, ("vision_model", "connector"))
+# The prompt is a prefix that reads itself in both directions (type 0); actions follow causally (type 1).
+PALIGEMMA = ModelFamily("PaliGemma", True, _image_tokens, ("vision_tower", "multi_modal_projector"), suffix_type=1)
+GEMMA3 = ModelFamily("Gemma3", True, _begin_of_image, ("vision_tower", "multi_modal_projector"))
+QWEN_VL = ModelFamily("Qwen-VL", True, _qwen_vision, ("visual",), own_positions=True)
 
 # model_type (saved in config.json) to family; text-only models of any type need no entry.
-VISION_FAMILIES = {"llava": LLAVA}
+VISION_FAMILIES = {
+    "llava": LLAVA,
+    "idefics3": IDEFICS3,
+    "smolvlm": SMOLVLM,
+    "paligemma": PALIGEMMA,
+    "gemma3": GEMMA3,
+    "qwen2_vl": QWEN_VL,
+    "qwen2_5_vl": QWEN_VL,
+    "qwen3_vl": QWEN_VL,
+}
 
 
 def family_of(config) -> ModelFamily:
@@ -58,6 +79,8 @@ def family_of(config) -> ModelFamily:
         return VISION_FAMILIES[config.model_type]
     if "vision_config" in config.sub_configs:
         raise VLAActionsError(
-            f"vision models that can be used are of type {sorted(VISION_FAMILIES)}, got {config.model_type!r}"
+            f"vision models that can be used are of type {sorted(VISION_FAMILIES)}, got {config.model_type!r}; a model "
+            "that is like one of them can be entered into hf_vla_actions.models.families.VISION_FAMILIES, after which "
+            "check_sees_image() and check_reads_instruction() tell whether it works"
         )
     return TEXT_ONLY

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,8 @@ from hf_vla_actions.decoding import TACOLogitsProcessor
 from hf_vla_actions.errors import VLAActionsError
 from hf_vla_actions.models.output import ActionOutput
 from hf_vla_actions.models.prompts import PromptBuilder
+from hf_vla_actions.models.remote import remove_shim, shim_in_config, write_shim
+from hf_vla_actions.models.self_test import SENTENCE, SENTENCES, check_reads_instruction, check_sees_image
 from hf_vla_actions.runtime import ChunkPolicy
 
 MODES = ("project", "transport", "mask")
@@ -196,16 +199,76 @@ class ActionPredictionMixin:
 
         return ChunkPolicy(predict_chunk, execute_steps)
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *, is_main_process: bool = True, **kwargs):
-        """Save weights as the native model does, with the processor and `action_config.json` beside them."""
-        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)  # type: ignore[misc]
-        if is_main_process:
-            self.processor.save_pretrained(save_directory)
-            self.action_config.save_pretrained(save_directory)
+    def generate(self, inputs=None, generation_config=None, logits_processor=None, *args, **kwargs):
+        """`generate` of the native model; a TACOLogitsProcessor that would misread the prompt is refused first."""
+        prompt = kwargs.get("input_ids", inputs)
+        for processor in logits_processor or ():
+            if isinstance(processor, TACOLogitsProcessor):
+                processor.check_prompt(prompt)
+        return super().generate(inputs, generation_config, logits_processor, *args, **kwargs)  # type: ignore[misc]
 
     def generate_batch(self, *args, **kwargs):
         """Refused: continuous batching drops LogitsProcessors silently, so its actions would be unconstrained."""
         raise VLAActionsError("generate_batch ignores logits processors; use predict_action or generate with a batch")
+
+    def check_sees_image(self, instruction: str = SENTENCE) -> float:
+        """Raise SelfTestError unless black, white and noise pictures change the action logits, cached steps included.
+
+        Args:
+            instruction: the sentence beside the pictures.
+
+        Returns:
+            The smallest change of any pair of pictures at any step, in logits.
+        """
+        return check_sees_image(self, instruction)
+
+    def check_reads_instruction(self, instructions: Sequence[str] = SENTENCES) -> float:
+        """Raise SelfTestError unless different instructions change the action logits, cached steps included.
+
+        Args:
+            instructions: two or more; by default the same words in another order.
+
+        Returns:
+            The smallest change of any pair of sentences at any step, in logits.
+        """
+        return check_reads_instruction(self, instructions)
+
+    def self_test(self):
+        """Run the checks that apply and return the policy; `AutoModelForActionPrediction` does so once on loading."""
+        if self.prompts.family.takes_images:
+            self.check_sees_image()
+        self.check_reads_instruction()
+        return self
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        *,
+        is_main_process: bool = True,
+        remote_code_shim: bool = False,
+        **kwargs,
+    ):
+        """Save weights as the native model does, with the processor and `action_config.json` beside them.
+
+        Args:
+            save_directory: where to.
+            is_main_process: as in Transformers.
+            remote_code_shim: add one file that makes `from_pretrained(..., trust_remote_code=True)` of the plain Auto
+                classes return a policy (it needs this package). Without it a shim of an earlier save is removed.
+            kwargs: as in Transformers (`state_dict`, `max_shard_size`, `push_to_hub`, ...).
+        """
+        images = self.prompts.family.takes_images
+        auto_class = "AutoModelForImageTextToText" if images else "AutoModelForCausalLM"
+        with shim_in_config(self.config, auto_class if remote_code_shim else None):  # type: ignore[attr-defined]
+            if is_main_process:
+                Path(save_directory).mkdir(parents=True, exist_ok=True)
+                (write_shim if remote_code_shim else remove_shim)(save_directory)
+                # Before the weights, because push_to_hub uploads what is there when they are saved.
+                self.processor.save_pretrained(save_directory)
+                self.action_config.save_pretrained(save_directory)
+            super().save_pretrained(  # type: ignore[misc]
+                save_directory, is_main_process=is_main_process, **kwargs
+            )
 
 
 def _log_prob(out, token_ids: np.ndarray) -> np.ndarray:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from datetime import date
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from hf_vla_actions.config import ActionConfig
-from hf_vla_actions.errors import VLAActionsError
+from hf_vla_actions.errors import ActionTokenError, VLAActionsError
 from hf_vla_actions.models.families import ModelFamily
+
+logger = logging.getLogger(__name__)
 
 
 class PromptBuilder:
@@ -18,7 +23,7 @@ class PromptBuilder:
 
     Args:
         processor: the model's processor; for a text-only model its tokenizer.
-        config: holds the prompt's wording.
+        config: holds the prompt's wording, and whether it goes into the processor's chat template.
         family: how the model wants its images announced.
     """
 
@@ -27,6 +32,10 @@ class PromptBuilder:
         self.tokenizer = processor.tokenizer if family.takes_images else processor
         self.config = config
         self.family = family
+        special = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
+        pictures = {processor.image_token} if family.takes_images else set()
+        # Whoever could write these into an instruction would speak as the model, or point at a picture.
+        self._control = frozenset(special | pictures | set(self.tokenizer.all_special_tokens))
 
     def build(self, images, instruction, padding_side: str = "left") -> dict[str, Any]:
         """Tensors of one sample or of a batch.
@@ -40,24 +49,67 @@ class PromptBuilder:
 
         Returns:
             The processor's tensors: `input_ids` and `attention_mask` (batch, length), and what the images need.
+
+        Raises:
+            ActionTokenError: an instruction holds a token that controls the model, or that is an action.
         """
         sentences = [instruction] if isinstance(instruction, str) else list(instruction)
         if not sentences:
             raise VLAActionsError("no instruction was given")
         pictures = self._pictures(images, isinstance(instruction, str), len(sentences))
-        texts = [self._text(s, len(p)) for s, p in zip(sentences, pictures, strict=True)]
-        padding = {"padding": len(texts) > 1, "padding_side": padding_side, "return_tensors": "pt"}
+        texts = [self.text(s, len(p)) for s, p in zip(sentences, pictures, strict=True)]
+        options: dict[str, Any] = {"padding": len(texts) > 1, "padding_side": padding_side, "return_tensors": "pt"}
+        if _starts_with(texts[0], self.tokenizer.bos_token):
+            options["add_special_tokens"] = False  # the chat template has written it: a second one would follow
         if self.family.takes_images:
-            # A flat list: every picture belongs to the next image token of the texts, in order.
-            return dict(self.processor(images=[p for sample in pictures for p in sample], text=texts, **padding))
-        return dict(self.processor(texts, **padding))
+            batch = dict(self.processor(images=pictures, text=texts, **options))
+        else:
+            batch = dict(self.processor(texts, **options))
+        batch.pop("labels", None)  # PaliGemma's processor makes some, for a text that follows the prompt
+        self._check_ids(batch["input_ids"], batch["attention_mask"], sentences)
+        return batch
 
-    def _text(self, sentence: str, n_images: int) -> str:
+    def text(self, sentence: str, n_images: int) -> str:
+        """The text of one prompt as the processor gets it: chat template, marks of the pictures, wording, sentence.
+
+        Args:
+            sentence: the user's instruction. One that holds the text of a special token raises.
+            n_images: pictures in front of it.
+        """
         prompt = self.config.prompt_for(sentence)
-        for token in self.family.image_tokens(self.processor):
-            if token in prompt:
-                raise VLAActionsError(f"the instruction {sentence!r} contains the model's image token {token!r}")
-        return self.family.prompt(self.processor, prompt, n_images)
+        for token in self._control:
+            if token in sentence:
+                raise ActionTokenError(
+                    f"the instruction {sentence!r} contains {token!r}, which controls the model: take it out"
+                )
+        template = self.processor.chat_template if self.config.chat else None
+        if template is None:
+            return self.family.announce(self.processor, n_images) + prompt
+        content: Any = prompt
+        if self.family.takes_images:
+            content = [{"type": "image"}] * n_images + [{"type": "text", "text": prompt}]
+        message = [{"role": "user", "content": content}]
+        # Some templates write today's date into the prompt. A policy must see the prompt that it was trained on.
+        fixed = {"strftime_now": _strftime_fixed} if "strftime_now" in str(template) else {}
+        return self.processor.apply_chat_template(message, tokenize=False, add_generation_prompt=True, **fixed)
+
+    def _check_ids(self, ids: torch.Tensor, mask: torch.Tensor, sentences: list[str]) -> None:
+        """Refuse what the text did not show: ids that are actions, and a prompt that is closed already."""
+        vocabulary = self.config.vocabulary
+        actions = vocabulary.find(ids.numpy()) & mask.bool().numpy()
+        if actions.any():
+            row, column = np.argwhere(actions)[0]
+            token = self.tokenizer.convert_ids_to_tokens(int(ids[row, column]))
+            message = f"the prompt for {sentences[row]!r} contains {token!r}, which is an action token of this policy"
+            if not vocabulary.in_prompts:
+                raise ActionTokenError(f"{message}: say it in other words")
+            logger.warning("%s: the model reads it as a movement", message)
+        last = ids.shape[1] - 1 - mask.flip(1).argmax(dim=1)
+        if (ids.gather(1, last[:, None]) == vocabulary.end_token_id).any():
+            raise ActionTokenError(
+                f"the tokenizer closes the prompt with {self.tokenizer.eos_token!r}, so no action would follow: load "
+                "it with add_eos_token=False"
+            )
 
     def _pictures(self, images, single: bool, n: int) -> list[list[Image.Image]]:
         if not self.family.takes_images:
@@ -93,3 +145,11 @@ def _picture(picture) -> Image.Image:
             f"a picture is a PIL image or a uint8 array (height, width, 3), got {array.dtype} {array.shape}"
         )
     return Image.fromarray(array)
+
+
+def _starts_with(text: str, token: str | None) -> bool:
+    return token is not None and text.startswith(token)
+
+
+def _strftime_fixed(pattern: str) -> str:
+    return date(2024, 7, 26).strftime(pattern)  # the day that Llama 3's own template falls back to

@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from hf_vla_actions.config import ActionConfig
 from hf_vla_actions.errors import VLAActionsError
+from hf_vla_actions.models.embeddings import grow_embeddings
 from hf_vla_actions.models.families import family_of
 from hf_vla_actions.models.mixin import ActionPredictionMixin
 from hf_vla_actions.models.prompts import PromptBuilder
+from hf_vla_actions.tokenizers import ActionVocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +42,7 @@ def to_vla(model, processor, config: ActionConfig) -> Any:
         # The attention mask hides padding, so any token will do; without one there are no batches.
         prompts.tokenizer.pad_token = prompts.tokenizer.eos_token
         logger.warning("the tokenizer has no pad token; its end-of-sequence token is used")
+    warn_of_words(config.vocabulary, prompts.tokenizer)
     grow_embeddings(model, config.vocabulary, len(prompts.tokenizer))
     model.generation_config = _neutral_generation(model.generation_config, config.vocabulary.end_token_id)
     if not isinstance(model, ActionPredictionMixin):
@@ -50,19 +52,22 @@ def to_vla(model, processor, config: ActionConfig) -> Any:
     return policy
 
 
-def grow_embeddings(model, vocabulary, tokenizer_length: int) -> None:
-    """Add rows for tokens the embeddings do not have yet; never shrinks, keeps a multiple of 64 if it was one.
-
-    Added rows start near the mean of the old ones (Transformers' `mean_resizing`), the same on every load. Tokens
-    that fall on rows the model already had, unused, start from what is there.
-    """
-    rows = model.get_input_embeddings().weight.shape[0]
-    needed = max(int(vocabulary.token_ids.max()) + 1, tokenizer_length)
-    if needed > rows:
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            model.resize_token_embeddings(needed, pad_to_multiple_of=64 if rows % 64 == 0 else None)
-        logger.info("embeddings grew from %d to %d rows", rows, model.get_input_embeddings().weight.shape[0])
+def warn_of_words(vocabulary: ActionVocabulary, tokenizer) -> None:
+    """Log a warning if ordinary text can contain action tokens, as in OpenVLA's layout."""
+    if not vocabulary.in_prompts:
+        return
+    ids = vocabulary.token_ids.reshape(-1).tolist()
+    texts = [tokenizer.decode([i]) for i in ids]
+    again = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    words = [text for i, text, found in zip(ids, texts, again, strict=True) if i in found]
+    if words:
+        logger.warning(
+            "%d of %d action tokens are text that a prompt can contain, such as %s: the model would read it as a "
+            "movement (the layouts 'append' and 'per_dimension' have tokens of their own)",
+            len(words),
+            len(ids),
+            words[:3],
+        )
 
 
 def _neutral_generation(old: GenerationConfig, end_token_id: int) -> GenerationConfig:

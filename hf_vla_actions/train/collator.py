@@ -51,13 +51,17 @@ class ActionCollator:
         real = mask.repeat_interleave(ids.shape[1] // config.horizon, dim=1)
         labels = torch.cat([torch.where(real, ids, IGNORED), ends], dim=1)
 
+        family = self.prompts.family
+        fill = {"input_ids": action_tokens, "attention_mask": torch.ones_like(action_tokens)}
+        fill["token_type_ids"] = torch.full_like(action_tokens, family.suffix_type)
         length = batch["input_ids"].shape
         for name, value in batch.items():
-            if value.shape == length and value.dtype == torch.int64:
-                fill = {"input_ids": action_tokens, "attention_mask": torch.ones_like(action_tokens)}
-                batch[name] = torch.cat([value, fill.get(name, torch.zeros_like(action_tokens))], dim=1)
-        # As generate() counts them; the default would count the padding too.
-        batch["position_ids"] = (batch["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
+            if value.shape == length and not value.is_floating_point():
+                more = fill.get(name, torch.zeros_like(action_tokens))
+                batch[name] = torch.cat([value, more.to(value.dtype)], dim=1)
+        if not family.own_positions:
+            # As generate() counts them; the default would count the padding too.
+            batch["position_ids"] = (batch["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
         return {
             **batch,
             "labels": labels,
