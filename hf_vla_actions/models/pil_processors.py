@@ -48,6 +48,12 @@ class _PicturesOnly(ProcessorMixin):
             )
         super().validate_inputs(images=images, text=text, videos=videos, audio=audio, **kwargs)
 
+    @classmethod
+    def from_args_and_dict(cls, args, processor_dict: dict[str, Any], **kwargs):
+        """Take the video processor's settings from `processor_config.json` along; the native method drops them."""
+        settings = {**processor_dict, "video_settings": processor_dict.get(_VIDEO_PROCESSOR)}
+        return super().from_args_and_dict(args, settings, **kwargs)
+
     def to_dict(self) -> dict[str, Any]:
         """The content of `processor_config.json`, with the video processor's settings in their native place."""
         settings = super().to_dict()
@@ -148,14 +154,15 @@ def load_pil_processor(path: str | Path, config, **hub_arguments: Any):
 
     Args:
         path: folder or repository id, in the format of Transformers 5 or an older one.
-        config: the model's configuration; only its `model_type` is read.
+        config: the model's configuration; its `model_type` and `image_token_id` are read.
         hub_arguments: `revision`, `token`, `cache_dir`, `local_files_only`, `subfolder`, `force_download`.
 
     Returns:
         One of the classes in `PIL_PROCESSORS`.
 
     Raises:
-        CheckpointError: the model type is none of these, or a file is missing or broken.
+        CheckpointError: the model type is none of these, a file is missing or broken, or the tokenizer is another
+            model's.
     """
     path, model_type = str(path), config.model_type
     if model_type not in PIL_PROCESSORS:
@@ -168,21 +175,26 @@ def load_pil_processor(path: str | Path, config, **hub_arguments: Any):
         tokenizer = AutoTokenizer.from_pretrained(path, **hub_arguments)
         image_processor = AutoImageProcessor.from_pretrained(path, backend="pil", **hub_arguments)
         settings, _ = cls.get_processor_dict(path, **hub_arguments)
-        video_settings = _video_settings(path, settings, hub_arguments)
-        own = {name: settings[name] for name in ("image_seq_len", "chat_template") if name in settings}
-        return cls(image_processor, tokenizer, video_settings=video_settings, **own)
+        settings.setdefault(_VIDEO_PROCESSOR, _old_video_settings(path, hub_arguments))
+        processor = cls.from_args_and_dict([image_processor, tokenizer], settings)
     except (OSError, ValueError, TypeError, ImportError) as error:
+        why = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(
-            f"no {model_type} processor to be had from {path!r}: {str(error).strip().splitlines()[0]} (without "
-            "torchvision the files must be of the native format)"
+            f"no {model_type} processor for pictures to be had from {path!r}: {why} (install torchvision to use "
+            "the native processor)"
         ) from error
+    found = tokenizer.get_vocab().get(processor.image_token)
+    if found != config.image_token_id:
+        raise CheckpointError(
+            f"the tokenizer in {path!r} is not that of the model: its image token {processor.image_token!r} has id "
+            f"{found}, the model expects {config.image_token_id}"
+        )
+    return processor
 
 
-def _video_settings(path: str, settings: dict[str, Any], hub_arguments: dict[str, Any]) -> dict[str, Any]:
-    # The native order: transformers/video_processing_utils.py, get_video_processor_dict. Checkpoints from before
-    # video processors had settings of their own keep them with those of the pictures.
-    if _VIDEO_PROCESSOR in settings:
-        return settings[_VIDEO_PROCESSOR]
+def _old_video_settings(path: str, hub_arguments: dict[str, Any]) -> dict[str, Any]:
+    # Before Transformers 5 they had a file of their own, and at first they were those of the pictures. The order is
+    # that of transformers/video_processing_utils.py, get_video_processor_dict.
     for name in (VIDEO_PROCESSOR_NAME, IMAGE_PROCESSOR_NAME):
         file = cached_file(path, name, _raise_exceptions_for_missing_entries=False, **hub_arguments)
         if file is not None:
