@@ -67,6 +67,56 @@ def test_vision_family(model_type, tmp_path):
     assert torch.equal(logits(again, other), black)
 
 
+# What a family's processor says of a token that is generated: PaliGemma's 1 is "sees what is before it only", and 1 is
+# "belongs to a picture" everywhere else.
+TYPE_OF_NEW_TOKENS = {"paligemma": 1}
+
+
+@pytest.mark.parametrize("model_type", VISION_FAMILIES)
+def test_one_pass_over_an_answer_is_its_generation(model_type):
+    """How an answer has to be appended, so that training sees what generation does."""
+    model, processor = FAMILIES[model_type]()
+    inputs = dict(inputs_of(processor, flat(90)))
+    inputs.pop("labels", None)  # PaliGemma's
+    out = model.generate(
+        **inputs,
+        max_new_tokens=4,
+        do_sample=False,
+        eos_token_id=None,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    length = inputs["input_ids"].shape[1]
+    new = out.sequences[:, length:]
+    whole = inputs | {"input_ids": out.sequences, "attention_mask": torch.ones_like(out.sequences)}
+    for name in ("token_type_ids", "mm_token_type_ids"):
+        if name in inputs:
+            types = torch.full_like(new, TYPE_OF_NEW_TOKENS.get(model_type, 0))
+            whole[name] = torch.cat([inputs[name], types], dim=1)
+    for training in (False, True):
+        model.train(training)
+        assert torch.allclose(logits(model, whole)[:, length - 1 : -1], torch.stack(out.logits, 1), atol=1e-4)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("model_type", VISION_FAMILIES)
+def test_batch_is_the_loop(model_type, side):
+    model, processor = FAMILIES[model_type]()
+    own = model_type != "gemma3"  # whose template begins with the token that its tokenizer adds, too
+    texts = [prompt_of(processor, sentence) for sentence in ("go", SENTENCE, "turn the lever, then push it")]
+    images = [[flat(shade)] for shade in (0, 90, 255)]
+    arguments = {"return_tensors": "pt", "add_special_tokens": own}
+    batch = processor(images=images, text=texts, padding=True, padding_side=side, **arguments)
+    batch.pop("labels", None)
+    together = logits(model, batch)
+    for k in range(3):
+        real = batch["attention_mask"][k].bool()
+        single = processor(images=[images[k]], text=[texts[k]], **arguments)
+        single.pop("labels", None)
+        assert torch.equal(batch["input_ids"][k][real], single["input_ids"][0])
+        assert torch.allclose(together[k][real], logits(model, single)[0], atol=1e-4)
+
+
 @pytest.mark.parametrize("model_type", TEXT_FAMILIES)
 def test_text_family(model_type, tmp_path):
     model, tokenizer = FAMILIES[model_type]()
