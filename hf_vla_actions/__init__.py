@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from hf_vla_actions.registration import register
+
 __version__ = "0.1.0"
 
 _HOME = {
@@ -21,6 +23,10 @@ _HOME = {
     "ActionPredictionMixin": "models",
     "AutoModelForActionPrediction": "models",
     "to_vla": "models",
+    "OpenVLAConfig": "models.openvla",
+    "OpenVLAForActionPrediction": "models.openvla",
+    "PrismaticImageProcessor": "models.openvla",
+    "PrismaticProcessor": "models.openvla",
     "InfeasibleConstraintError": "errors",
     "VLAActionsError": "errors",
 }
@@ -35,6 +41,12 @@ if TYPE_CHECKING:
     from hf_vla_actions.decoding import TACOLogitsProcessor
     from hf_vla_actions.errors import InfeasibleConstraintError, VLAActionsError
     from hf_vla_actions.models import ActionOutput, ActionPredictionMixin, AutoModelForActionPrediction, to_vla
+    from hf_vla_actions.models.openvla import (
+        OpenVLAConfig,
+        OpenVLAForActionPrediction,
+        PrismaticImageProcessor,
+        PrismaticProcessor,
+    )
     from hf_vla_actions.tokenizers import ActionVocabulary, UniformActionTokenizer
 
 
@@ -50,3 +62,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+register()

@@ -23,6 +23,7 @@ FLOORS = {
     "runtime": 3,
     "decoding": 4,
     "models": 5,
+    "registration": 6,
     "evaluate": 6,
     "train": 7,
     "demo": 8,
