@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelFor
 
 from hf_vla_actions.models.openvla.configuration import OpenVLAConfig
 from hf_vla_actions.models.openvla.modeling import OpenVLAForActionPrediction, OpenVLAOutput
-from hf_vla_actions.models.openvla.policy import action_config_of, read_statistics
+from hf_vla_actions.models.openvla.policy import action_config_of, openvla_policy, read_statistics
 from hf_vla_actions.models.openvla.processing import PrismaticImageProcessor, PrismaticProcessor
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "PrismaticImageProcessor",
     "PrismaticProcessor",
     "action_config_of",
+    "openvla_policy",
     "read_statistics",
 ]
 

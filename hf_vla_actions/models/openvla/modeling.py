@@ -195,7 +195,7 @@ class OpenVLAForActionPrediction(OpenVLAPolicyMixin, PreTrainedModel, Generation
         As long as no cache holds the patches, the pictures go along and `forward` inserts them. Afterwards mask and
         positions get the patches' part here, at every step: a cached step must not forget what is padded.
         """
-        prepare: Any = super().prepare_inputs_for_generation
+        prepare: Any = super().prepare_inputs_for_generation  # type: ignore[misc]
         patches = self._num_patches(pixel_values)
         # A static cache would make the GPU wait at every token if it were asked for its length.
         sure = not is_first_iteration and past_key_values is not None and past_key_values.is_compileable

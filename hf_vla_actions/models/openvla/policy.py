@@ -13,6 +13,7 @@ import torch
 from transformers.utils import cached_file
 
 from hf_vla_actions.actions import NormStats
+from hf_vla_actions.config import FILE_NAME as ACTION_CONFIG_FILE
 from hf_vla_actions.config import ActionConfig
 from hf_vla_actions.errors import CheckpointError, VLAActionsError
 from hf_vla_actions.models.families import VISION_FAMILIES, ModelFamily
@@ -67,16 +68,8 @@ def action_config_of(config: OpenVLAConfig, tokenizer=None) -> ActionConfig:
         vocabulary=ActionVocabulary(ids, end, "tail", tuple(texts)),
         norm_stats=NormStats.from_dict(config.norm_stats, source="norm_stats"),
         prompt=V01_PROMPT if "v01" in str(config.name_or_path) else PROMPT,
+        chat=False,
     )
-
-
-class OpenVLAPrompts(PromptBuilder):
-    """OpenVLA's prompts: the instruction in lower case, no mark for the picture."""
-
-    def build(self, images, instruction, padding_side: str = "left") -> dict[str, Any]:
-        """Tensors of one sample or of a batch; see `PromptBuilder.build`."""
-        lower = instruction.lower() if isinstance(instruction, str) else [sentence.lower() for sentence in instruction]
-        return super().build(images, lower, padding_side)
 
 
 def _no_mark(processor, n_images: int) -> str:
@@ -87,18 +80,52 @@ OPENVLA = ModelFamily("OpenVLA", True, _no_mark, vision_modules=("vision_backbon
 VISION_FAMILIES.setdefault(OpenVLAConfig.model_type, OPENVLA)
 
 
+class OpenVLAPrompts(PromptBuilder):
+    """OpenVLA's prompts: the instruction in lower case, no mark for the picture.
+
+    Args:
+        processor: PrismaticProcessor.
+        config: holds the prompt's wording.
+        family: as for `PromptBuilder`.
+    """
+
+    def __init__(self, processor, config: ActionConfig, family: ModelFamily = OPENVLA):
+        # Not the parent's, which asks the processor for the token that stands for a picture: there is none.
+        self.processor, self.tokenizer, self.config, self.family = processor, processor.tokenizer, config, family
+        added = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
+        self._control = frozenset(added | set(self.tokenizer.all_special_tokens))
+
+    def build(self, images, instruction, padding_side: str = "left") -> dict[str, Any]:
+        """Tensors of one sample or of a batch; see `PromptBuilder.build`."""
+        lower = instruction.lower() if isinstance(instruction, str) else [sentence.lower() for sentence in instruction]
+        return super().build(images, lower, padding_side)
+
+
+class NoProcessor:
+    """Stands where the prompts of a policy are, as long as the model has no processor."""
+
+    family = OPENVLA
+
+    def build(self, *_: Any) -> dict[str, Any]:
+        """Raise, and say what to do."""
+        raise VLAActionsError(
+            "the model has no processor yet: load it with AutoModelForActionPrediction.from_pretrained, call "
+            "model.attach(AutoProcessor.from_pretrained(path)), or call the processor yourself"
+        )
+
+
 class OpenVLAPolicyMixin(ActionPredictionMixin):
     """What makes an OpenVLA model a policy as soon as it is loaded, with the methods of the original.
 
     Attributes:
         action_config: ActionConfig; made from the model's configuration unless one was set.
-        processor: PrismaticProcessor, and
-        prompts: PromptBuilder, both None until `attach` (AutoModelForActionPrediction does it).
+        processor: PrismaticProcessor; None until `attach` (AutoModelForActionPrediction does it).
+        prompts: the builder of its prompts; can build none until then.
     """
 
     config: OpenVLAConfig
     processor: Any = None
-    prompts: Any = None
+    prompts: Any = NoProcessor()
     _action_config: ActionConfig | None = None
 
     @classmethod
@@ -155,15 +182,6 @@ class OpenVLAPolicyMixin(ActionPredictionMixin):
         self.prompts = OpenVLAPrompts(processor, config, OPENVLA)
         return self
 
-    def prepare(self, images, instruction, proprio=None) -> dict[str, Any]:
-        """Build the prompt and call the processor; see `ActionPredictionMixin.prepare`."""
-        if self.prompts is None:
-            raise VLAActionsError(
-                "the model has no processor yet: load it with AutoModelForActionPrediction.from_pretrained, call "
-                "model.attach(AutoProcessor.from_pretrained(path)), or call the processor yourself"
-            )
-        return super().prepare(images, instruction, proprio)
-
     def predict_action(  # type: ignore[override]
         self,
         input_ids: torch.Tensor | None = None,
@@ -171,6 +189,7 @@ class OpenVLAPolicyMixin(ActionPredictionMixin):
         *,
         attention_mask: torch.Tensor | None = None,
         return_dict: bool = False,
+        chunks: bool = False,
         **kwargs,
     ) -> np.ndarray | ActionOutput:
         """Generate one action per row, in real units.
@@ -181,6 +200,7 @@ class OpenVLAPolicyMixin(ActionPredictionMixin):
             unnorm_key: which statistics; may be left out when there is one dataset.
             attention_mask: (batch, length); lengthened together with the ids.
             return_dict: return an ActionOutput, whose arrays are (batch, 1, dof).
+            chunks: return (batch, 1, dof), as other policies do.
             kwargs: `pixel_values`, `constraints`, `context`, `mode` and options of `generate`; see
                 `ActionPredictionMixin.predict_action`.
 
@@ -196,16 +216,45 @@ class OpenVLAPolicyMixin(ActionPredictionMixin):
         out = super().predict_action(
             input_ids, unnorm_key=unnorm_key, attention_mask=attention_mask, return_dict=return_dict, **kwargs
         )
-        if isinstance(out, ActionOutput):
+        if isinstance(out, ActionOutput) or chunks:
             return out
         actions = out[:, 0]
         return actions[0] if len(actions) == 1 else actions
+
+    def policy(self, *args, **kwargs):
+        """A policy for one robot; see `ActionPredictionMixin.policy`."""
+        return super().policy(*args, chunks=True, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):  # type: ignore[override]
         """Save the weights under the keys of the original; a policy's processor and action config stand beside them."""
         if self.processor is None:
             return super(ActionPredictionMixin, self).save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
         return super().save_pretrained(save_directory, **kwargs)
+
+
+def openvla_policy(model, processor, path: str | os.PathLike, config: ActionConfig | None = None, **hub: Any):
+    """Make a policy of a loaded OpenVLA model.
+
+    Args:
+        model: OpenVLAForActionPrediction.
+        processor: its PrismaticProcessor.
+        path: the checkpoint, or the adapter that is to be put on it: whose statistics count.
+        config: instead of what the checkpoint says: its `action_config.json` if this package has saved it, else its
+            `dataset_statistics.json`, else `norm_stats` of its `config.json`.
+        hub: `revision`, `token`, `cache_dir`, ... of the repository.
+
+    Returns:
+        The model, with its processor attached.
+    """
+    if config is None:
+        file = _file(path, ACTION_CONFIG_FILE, **hub)
+        if file is not None:
+            config = ActionConfig.from_pretrained(path, **hub)
+        else:
+            stats = read_statistics(path, **hub)
+            if stats is not None:
+                model.norm_stats = stats
+    return model.attach(processor, config)
 
 
 def close_prompt(
@@ -240,21 +289,24 @@ def close_prompt(
 
 def read_statistics(path: str | os.PathLike, **hub_arguments: Any) -> dict[str, Any] | None:
     """Content of `dataset_statistics.json` of a fine-tuned checkpoint or adapter; None if it has none."""
-    folder = Path(path)
-    if folder.is_dir():
-        file: Any = folder / STATISTICS_FILE
-        if not file.is_file():
-            return None
-    else:
-        file = cached_file(
-            str(path),
-            STATISTICS_FILE,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_gated_repo=False,
-            **hub_arguments,
-        )
-        if file is None:
-            return None
+    file = _file(path, STATISTICS_FILE, **hub_arguments)
+    if file is None:
+        return None
     # Checked here, kept as it stands: what the file says beyond the actions is saved again.
     NormStats.from_file(file)
-    return json.loads(Path(file).read_text(encoding="utf-8"))
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def _file(path: str | os.PathLike, name: str, **hub_arguments: Any) -> Path | None:
+    """A file of a folder or of a repository of the Hub; None if it has none of that name."""
+    if Path(path).is_dir():
+        file = Path(path) / name
+        return file if file.is_file() else None
+    found = cached_file(
+        str(path),
+        name,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_gated_repo=False,
+        **hub_arguments,
+    )
+    return None if found is None else Path(found)
