@@ -39,7 +39,10 @@ def tiny_tokenizer():
 
 
 def action_config(tokenizer, *, horizon=1, layout="append", scheme="uniform", n_bins=256, **kwargs):
-    vocabulary = getattr(ActionVocabulary, layout)(tokenizer, n_bins)
+    if layout == "spare":  # rows of the embeddings that the tokenizer has no token for
+        vocabulary = ActionVocabulary.spare(tokenizer, np.arange(len(tokenizer), len(tokenizer) + n_bins))
+    else:
+        vocabulary = getattr(ActionVocabulary, layout)(tokenizer, n_bins)
     stats = NormStats({"my_robot": {"action": STATS}})
     kwargs = {"norm_stats": stats, "spaces": {"my_robot": SPACE}, **kwargs}
     return ActionConfig(UniformActionTokenizer(n_bins, scheme), vocabulary, horizon=horizon, **kwargs)

@@ -249,11 +249,10 @@ class TACOLogitsProcessor(LogitsProcessor):
                 raise ConstraintError(f"prompt_length is {self.prompt_length}, but there are {input_ids.shape[1]} ids")
             return position
         recent = input_ids[:, -self.n_tokens - 1 :].clamp(0, len(tables.is_action) - 1)
-        position = tables.is_action[recent].flip(1).long().cumprod(1).sum(1)
+        run = tables.is_action[recent].flip(1).long().cumprod(1).sum(1)
         # Rows advance together; one that another stopping criterion has ended has no action token at its end.
-        fits = (position <= self.n_tokens) & ((position == 0) | (position == position.amax()))
-        _require(fits.all(), HISTORY)
-        return position
+        _require(((run <= self.n_tokens) & ((run == 0) | (run == run.amax()))).all(), HISTORY)
+        return run
 
     def _check(self, input_ids: torch.Tensor, scores: torch.Tensor) -> None:
         if input_ids.ndim != 2 or scores.ndim != 2 or len(input_ids) != len(scores):

@@ -20,6 +20,7 @@ from hf_vla_actions.config import ActionConfig, check_source
 from hf_vla_actions.errors import CheckpointError
 from hf_vla_actions.models.adapter import base_of, load_adapter
 from hf_vla_actions.models.families import family_of
+from hf_vla_actions.models.pil_processors import load_pil_processor, needs_pil_processor
 from hf_vla_actions.models.wrap import to_vla
 
 ADAPTER_FILE = "adapter_config.json"
@@ -94,6 +95,8 @@ def load_model(path: str, **kwargs: Any) -> tuple[Any, Any]:
 def load_processor(path: str, config, **hub_options: Any):
     """Load the processor of a vision model, or the tokenizer of a text-only one."""
     takes_images = family_of(config).takes_images
+    if needs_pil_processor(config.model_type):
+        return load_pil_processor(path, config, **hub_options)
     try:
         processor = (AutoProcessor if takes_images else AutoTokenizer).from_pretrained(path, **hub_options)
     except (OSError, ValueError) as error:

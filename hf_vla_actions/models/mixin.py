@@ -205,7 +205,25 @@ class ActionPredictionMixin:
         for processor in logits_processor or ():
             if isinstance(processor, TACOLogitsProcessor):
                 processor.check_prompt(prompt)
+        self._check_generation(prompt, generation_config, kwargs)
         return super().generate(inputs, generation_config, logits_processor, *args, **kwargs)  # type: ignore[misc]
+
+    def _check_generation(self, prompt, generation_config, options: Mapping[str, Any]) -> None:
+        """Refuse what Transformers would do, but silently wrong for this family of models."""
+        family = self.prompts.family
+        if family.own_positions and options.get("inputs_embeds") is not None and prompt is None:
+            raise VLAActionsError(
+                f"a {family.name} model finds the places of its pictures in the ids and would silently take them for "
+                "text: pass input_ids as well as inputs_embeds"
+            )
+        lookup = options.get("prompt_lookup_num_tokens") or getattr(
+            generation_config, "prompt_lookup_num_tokens", None
+        )
+        if family.suffix_type and (lookup or options.get("assistant_model") is not None):
+            raise VLAActionsError(
+                f"a {family.name} prompt reads itself in both directions, and speculative decoding (assistant_model, "
+                "prompt_lookup_num_tokens) puts guessed tokens into it, which silently changes the actions: leave it out"
+            )
 
     def generate_batch(self, *args, **kwargs):
         """Refused: continuous batching drops LogitsProcessors silently, so its actions would be unconstrained."""

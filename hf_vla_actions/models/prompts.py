@@ -32,6 +32,7 @@ class PromptBuilder:
         self.tokenizer = processor.tokenizer if family.takes_images else processor
         self.config = config
         self.family = family
+        self._warned: set[str] = set()
         special = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
         pictures = {processor.image_token} if family.takes_images else set()
         # Whoever could write these into an instruction would speak as the model, or point at a picture.
@@ -103,7 +104,9 @@ class PromptBuilder:
             message = f"the prompt for {sentences[row]!r} contains {token!r}, which is an action token of this policy"
             if not vocabulary.in_prompts:
                 raise ActionTokenError(f"{message}: say it in other words")
-            logger.warning("%s: the model reads it as a movement", message)
+            if token not in self._warned:  # once: a robot asks several times a second
+                self._warned.add(token)
+                logger.warning("%s: the model reads it as a movement", message)
         last = ids.shape[1] - 1 - mask.flip(1).argmax(dim=1)
         if (ids.gather(1, last[:, None]) == vocabulary.end_token_id).any():
             raise ActionTokenError(

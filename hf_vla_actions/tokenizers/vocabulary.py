@@ -83,13 +83,14 @@ class ActionVocabulary:
     def tail(cls, tokenizer, n_codes: int = 256) -> ActionVocabulary:
         """OpenVLA's layout: code k is the id `vocab_size - 1 - k`, on words that the model must not need otherwise.
 
-        `vocab_size` is that of the original vocabulary, without added tokens such as padding. Where such words can
-        stand in a prompt, `to_vla` warns: the model would read them as actions.
+        `vocab_size` is that of the original vocabulary, without added tokens such as padding; special tokens at its
+        end (GPT-2 has one) are left out. Where such words can stand in a prompt, `to_vla` warns: the model would read
+        them as actions.
         """
         size = tokenizer.vocab_size
-        if not 0 < n_codes < size:
+        ids = np.setdiff1d(np.arange(size), tokenizer.all_special_ids)[::-1][:n_codes]
+        if not 0 < n_codes == len(ids):
             raise ActionTokenError(f"{n_codes} action tokens do not fit into a vocabulary of {size}")
-        ids = size - 1 - np.arange(n_codes)
         return cls(ids, _end_id(tokenizer), "tail", _texts(tokenizer, ids))
 
     @classmethod
