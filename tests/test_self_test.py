@@ -51,7 +51,9 @@ def test_model_whose_cache_swallows_the_picture_raises_and_names_the_cache():
         return without_picture(policy, kwargs) if isinstance(kwargs.get("past_key_values"), Cache) else kwargs
 
     break_forward(policy, swallow)
-    with pytest.raises(SelfTestError, match=r"black and white give the same logits.*Without a cache the picture is seen"):
+    with pytest.raises(
+        SelfTestError, match=r"black and white give the same logits.*Without a cache the picture is seen"
+    ):
         policy.check_sees_image()
 
 

@@ -97,7 +97,9 @@ def _smallest_change(
     """
     logits = _logits(policy, pictures, sentences, use_cache)
     if not np.isfinite(logits).all():
-        raise SelfTestError("the logits of this policy are not finite: its weights are broken, or its dtype too narrow")
+        raise SelfTestError(
+            "the logits of this policy are not finite: its weights are broken, or its dtype too narrow"
+        )
     floor = np.abs(logits[-1] - logits[0]).max()
     threshold = max(NOISE_FACTOR * floor, RELATIVE_CHANGE * np.abs(logits).max())
     change, where = np.inf, None
