@@ -256,7 +256,9 @@ def test_384_pixels_are_729_patches():
     ],
 )
 def test_whether_there_are_two_towers_follows_from_the_id(backbone, given, fused):
-    assert OpenVLAConfig(vision_backbone_id=backbone, use_fused_vision_backbone=given).use_fused_vision_backbone is fused
+    assert (
+        OpenVLAConfig(vision_backbone_id=backbone, use_fused_vision_backbone=given).use_fused_vision_backbone is fused
+    )
 
 
 def test_unknown_fields_stay_and_auto_map_goes(tmp_path):

@@ -106,7 +106,7 @@ class NoProcessor:
 
     family = OPENVLA
 
-    def build(self, *_: Any) -> dict[str, Any]:
+    def build(self, *_: Any, **__: Any) -> dict[str, Any]:
         """Raise, and say what to do."""
         raise VLAActionsError(
             "the model has no processor yet: load it with AutoModelForActionPrediction.from_pretrained, call "
