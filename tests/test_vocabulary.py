@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 from tiny import tiny_tokenizer
+from tiny_families import TOKENIZER_STYLES
 from transformers import AutoTokenizer
 
 from hf_vla_actions import ActionVocabulary
@@ -99,3 +100,82 @@ def test_tokenizer_without_end_raises():
 def test_impossible_map_raises(ids):
     with pytest.raises(ActionTokenError):
         ActionVocabulary(np.array(ids), 2, "append", tuple("ab"[: len(ids)]))
+
+
+def test_per_dimension_gives_each_dimension_a_block_of_its_own():
+    tokenizer = tiny_tokenizer()
+    size = len(tokenizer)
+    vocabulary = ActionVocabulary.per_dimension(tokenizer, 256, 7)
+    assert len(tokenizer) == size + 1792, "RT-2: 256 x 7"
+    assert vocabulary.token_ids.shape == (7, 256)
+    assert tokenizer.convert_ids_to_tokens(size + 3 * 256 + 17) == "<act_3_017>"
+    codes = np.random.default_rng(0).integers(0, 256, (4, 2 * 7))
+    ids = vocabulary.to_ids(codes)
+    np.testing.assert_array_equal(ids, size + np.tile(np.arange(7), 2) * 256 + codes)
+    np.testing.assert_array_equal(vocabulary.to_codes(ids), codes)
+    assert ActionVocabulary.from_dict(vocabulary.to_dict()) == vocabulary
+    assert ActionVocabulary.per_dimension(tokenizer, 256, 7) == vocabulary, "found again, not added twice"
+
+
+def test_token_of_another_dimension_raises():
+    vocabulary = ActionVocabulary.per_dimension(tiny_tokenizer(), 8, 3)
+    ids = vocabulary.to_ids([1, 2, 3])
+    with pytest.raises(ActionTokenError, match="another dimension"):
+        vocabulary.to_codes(ids[[1, 0, 2]])
+    for codes in ([1, 2], 1, [[1, 2, 3, 4]]):
+        with pytest.raises(ActionTokenError, match="whole actions"):
+            vocabulary.to_ids(codes)
+    with pytest.raises(ActionTokenError, match="3 dimensions, the action has 7"):
+        vocabulary.table(7)
+
+
+@pytest.mark.parametrize(("n_codes", "dof"), [(8, 2), (8, 4), (7, 3), (9, 3)])
+def test_other_blocks_than_those_of_the_tokenizer_raise(n_codes, dof):
+    tokenizer = tiny_tokenizer()
+    ActionVocabulary.per_dimension(tokenizer, 8, 3)
+    with pytest.raises(ActionTokenError, match="not exactly"):
+        ActionVocabulary.per_dimension(tokenizer, n_codes, dof)
+    with pytest.raises(ActionTokenError, match="not exactly"):
+        ActionVocabulary.append(tokenizer, 8)
+
+
+@pytest.mark.parametrize("style", ["llama", "gpt2", "gemma", "qwen"])
+def test_every_style_of_tokenizer_keeps_action_tokens_whole(style, tmp_path):
+    tokenizer = TOKENIZER_STYLES[style]()
+    vocabulary = ActionVocabulary.append(tokenizer, 256)
+    ids = vocabulary.to_ids([3, 3, 255, 0]).tolist()
+    text = "<act_003><act_003><act_255><act_000>"
+    for before in ("", "Out:", "Out: ", "\n"):
+        assert tokenizer(before + text, add_special_tokens=False)["input_ids"][-4:] == ids
+    assert tokenizer.decode(ids, skip_special_tokens=True) == text
+    tokenizer.save_pretrained(tmp_path)
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    vocabulary.check(again)
+    assert again("Out:" + text, add_special_tokens=False)["input_ids"][-4:] == ids
+
+
+@pytest.mark.parametrize("style", ["llama", "gpt2", "gemma", "qwen"])
+def test_tail_leaves_special_tokens_out(style):
+    tokenizer = TOKENIZER_STYLES[style]()
+    ids = ActionVocabulary.tail(tokenizer, 64).token_ids
+    assert not set(ids.tolist()) & set(tokenizer.all_special_ids)
+    assert ids.max() < tokenizer.vocab_size
+    assert (np.diff(ids) < 0).all()
+
+
+def test_spare_takes_any_list_of_ids_that_are_not_special():
+    tokenizer = TOKENIZER_STYLES["gemma"]()
+    unused = np.array([300, 17, len(tokenizer) + 5, 42])  # rows behind the tokenizer have no text
+    vocabulary = ActionVocabulary.spare(tokenizer, unused)
+    assert vocabulary.to_ids([2, 0]).tolist() == [len(tokenizer) + 5, 300]
+    assert vocabulary.tokens[2] == ""
+    vocabulary.check(tokenizer)
+    assert ActionVocabulary.from_dict(vocabulary.to_dict()) == vocabulary
+    blocks = ActionVocabulary.spare(tokenizer, unused.reshape(2, 2))
+    assert blocks.to_ids([0, 0]).tolist() == [300, len(tokenizer) + 5]
+    tokenizer.add_tokens([f"<new_{i}>" for i in range(6)])
+    with pytest.raises(ActionTokenError, match="does not belong"):
+        vocabulary.check(tokenizer)
+    for bad in ([tokenizer.eos_token_id, 17], [3, 3], [0.5, 1.0], [[[1]]], []):
+        with pytest.raises(ActionTokenError):
+            ActionVocabulary.spare(tokenizer, bad)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from datetime import date
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,10 @@ from hf_vla_actions.errors import ActionTokenError, VLAActionsError
 from hf_vla_actions.models.families import ModelFamily
 
 logger = logging.getLogger(__name__)
+RENDER = {"tokenize": False, "add_generation_prompt": True}
+# Some templates write today's date into the prompt. A policy must see the prompt that it was trained on, so it is
+# always the day that Llama 3's own template falls back to.
+SOME_DAY = "{%- macro strftime_now(pattern) -%}26 Jul 2024{%- endmacro -%}"
 
 
 class PromptBuilder:
@@ -33,10 +36,13 @@ class PromptBuilder:
         self.config = config
         self.family = family
         self._warned: set[str] = set()
-        special = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
-        pictures = {processor.image_token} if family.takes_images else set()
+        template = str(processor.chat_template)
         # Whoever could write these into an instruction would speak as the model, or point at a picture.
-        self._control = frozenset(special | pictures | set(self.tokenizer.all_special_tokens))
+        self._control = {processor.image_token} if family.takes_images else set()
+        self._control |= set(self.tokenizer.all_special_tokens)
+        for token in self.tokenizer.added_tokens_decoder.values():
+            if token.special or (token.content in template and not token.content.isspace()):
+                self._control.add(token.content)
 
     def build(self, images, instruction, padding_side: str = "left") -> dict[str, Any]:
         """Tensors of one sample or of a batch.
@@ -90,9 +96,11 @@ class PromptBuilder:
         if self.family.takes_images:
             content = [{"type": "image"}] * n_images + [{"type": "text", "text": prompt}]
         message = [{"role": "user", "content": content}]
-        # Some templates write today's date into the prompt. A policy must see the prompt that it was trained on.
-        fixed = {"strftime_now": _strftime_fixed} if "strftime_now" in str(template) else {}
-        return self.processor.apply_chat_template(message, tokenize=False, add_generation_prompt=True, **fixed)
+        if isinstance(template, str) and "strftime_now" in template:
+            template = SOME_DAY + template
+        return self.processor.apply_chat_template(
+            message, chat_template=template if isinstance(template, str) else None, **RENDER
+        )
 
     def _check_ids(self, ids: torch.Tensor, mask: torch.Tensor, sentences: list[str]) -> None:
         """Refuse what the text did not show: ids that are actions, and a prompt that is closed already."""
@@ -152,7 +160,3 @@ def _picture(picture) -> Image.Image:
 
 def _starts_with(text: str, token: str | None) -> bool:
     return token is not None and text.startswith(token)
-
-
-def _strftime_fixed(pattern: str) -> str:
-    return date(2024, 7, 26).strftime(pattern)  # the day that Llama 3's own template falls back to

@@ -24,10 +24,18 @@ class ModelArguments:
     action_layout: str | None = field(
         default=None,
         metadata={
-            "help": "Where action tokens stand: 'append' adds new ones behind the vocabulary, 'tail' overwrites its last "
-            "ids as OpenVLA does (with OpenVLA's bins). Default: append.",
-            "choices": ["append", "tail"],
+            "help": "Where action tokens stand: 'append' adds new ones behind the vocabulary, 'per_dimension' does so for "
+            "each dimension of the action, 'tail' overwrites its last ids as OpenVLA does (with OpenVLA's bins), 'spare' "
+            "takes ids that it does not use, from --spare_from on. Default: append.",
+            "choices": ["append", "per_dimension", "tail", "spare"],
         },
+    )
+    spare_from: int | None = field(
+        default=None,
+        metadata={"help": "For --action_layout spare: the first of --n_bins consecutive ids that nothing else uses."},
+    )
+    chat: bool = field(
+        default=True, metadata={"help": "Put the prompt into the chat template of the model, if it has one."}
     )
     prompt: str | None = field(
         default=None, metadata={"help": "What the model sees; must contain {instruction}. Default: OpenVLA's prompt."}

@@ -16,6 +16,7 @@ from hf_vla_actions.config import FILE_NAME as ACTION_CONFIG_FILE
 from hf_vla_actions.data import ChunkDataset, LeRobotDataset
 from hf_vla_actions.errors import TrainingError
 from hf_vla_actions.models import load_model, to_vla
+from hf_vla_actions.models.embeddings import initialize_rows
 from hf_vla_actions.models.families import family_of
 from hf_vla_actions.tokenizers import ActionVocabulary, UniformActionTokenizer
 from hf_vla_actions.train.arguments import DataArguments, ModelArguments
@@ -139,17 +140,20 @@ def load_policy(
         options["attn_implementation"] = model_args.attn_implementation
     model, processor = load_model(model_args.model_name_or_path, **options)
     old = _config_of(model_args.model_name_or_path)
+    rows = model.get_input_embeddings().weight.shape[0]
     if old is None:
         tokenizer = processor.tokenizer if family_of(model.config).takes_images else processor
-        n_bins, tail = model_args.n_bins or DEFAULT_BINS, model_args.action_layout == "tail"
         config = ActionConfig(
-            tokenizer=UniformActionTokenizer(n_bins, "openvla" if tail else "uniform"),
-            vocabulary=(ActionVocabulary.tail if tail else ActionVocabulary.append)(tokenizer, n_bins),
+            tokenizer=UniformActionTokenizer(
+                model_args.n_bins or DEFAULT_BINS, "openvla" if model_args.action_layout == "tail" else "uniform"
+            ),
+            vocabulary=vocabulary_of(tokenizer, model_args, space.dof),
             norm_stats=NormStats({key: entry}),
             spaces={key: space},
             horizon=1 if data_args.horizon is None else data_args.horizon,
             prompt=model_args.prompt or DEFAULT_PROMPT,
             cameras=dataset.cameras,
+            chat=model_args.chat,
         )
     else:
         _check_unchanged(old, model_args, data_args, dataset)
@@ -158,7 +162,24 @@ def load_policy(
         norm_stats = NormStats({**{k: old.norm_stats[k] for k in old.norm_stats}, key: entry})
         config = replace(old, norm_stats=norm_stats, spaces={**old.spaces, key: space})
     logger.info("actions of %r: %s", key, "; ".join(space.describe(i) for i in range(space.dof)))
-    return to_vla(model, processor, config), key
+    policy = to_vla(model, processor, config)
+    ids = config.vocabulary.token_ids
+    if old is None and not config.vocabulary.in_prompts and (ids < rows).any():
+        # They fall on rows that the model has but never trained: some are zero, or all the same.
+        initialize_rows(policy, ids)
+    return policy, key
+
+
+def vocabulary_of(tokenizer, args: ModelArguments, dof: int) -> ActionVocabulary:
+    """The action tokens that the options ask for; new ones are added to `tokenizer`."""
+    n_bins, layout = args.n_bins or DEFAULT_BINS, args.action_layout or "append"
+    if (layout == "spare") != (args.spare_from is not None):
+        raise TrainingError("--action_layout spare and --spare_from (the first id to use) belong together")
+    if args.spare_from is not None:
+        return ActionVocabulary.spare(tokenizer, np.arange(args.spare_from, args.spare_from + n_bins))
+    if layout == "per_dimension":
+        return ActionVocabulary.per_dimension(tokenizer, n_bins, dof)
+    return (ActionVocabulary.tail if layout == "tail" else ActionVocabulary.append)(tokenizer, n_bins)
 
 
 def _config_of(path: str) -> ActionConfig | None:
@@ -176,6 +197,7 @@ def _check_unchanged(old: ActionConfig, model_args: ModelArguments, data_args: D
         "--n_bins": (model_args.n_bins, old.tokenizer.n_codes),
         "--action_layout": (model_args.action_layout, old.vocabulary.layout),
         "--horizon": (data_args.horizon, old.horizon),
+        "--no_chat": (None if model_args.chat else False, old.chat),
         "--cameras": (tuple(dataset.cameras) if old.cameras else None, tuple(old.cameras)),
     }
     for option, (wanted, has) in asked.items():
