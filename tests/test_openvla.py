@@ -1,17 +1,21 @@
 """OpenVLA against the original code: logits, tokens, actions, loss; key sets; adapters."""
 
 import copy
+import json
 
 import numpy as np
 import openvla_golden as og
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 from hf_vla_actions import OpenVLAConfig, OpenVLAForActionPrediction
 from hf_vla_actions.errors import CheckpointError
+from hf_vla_actions.models import load_adapter, load_model, save_adapter
+from hf_vla_actions.models.openvla import openvla_policy
 
 GOLDENS = sorted(path.name for path in og.FOLDER.glob("golden_openvla*.json"))
 CASES = [(name, case["name"]) for name in GOLDENS for case in og.load(name)["cases"]]
@@ -158,6 +162,42 @@ def test_an_adapter_of_the_original_loads_completely():
     np.testing.assert_allclose(logits[golden["logit_indices"]], case["last_logits"], rtol=0, atol=og.LOGITS)
 
 
+@pytest.fixture
+def adapter_folders(tmp_path):
+    """A base and an adapter as the original's fine-tuning leaves them."""
+    golden = og.load("golden_lora.json")
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    base.mkdir()
+    adapter.mkdir()
+    og.write_hub_folder(base, golden["config"], og.tensors(golden))
+    config = {**golden["adapter_config"], "base_model_name_or_path": str(base)}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    statistics = {"mine": golden["config"]["norm_stats"]["bridge_orig"]}
+    (adapter / "dataset_statistics.json").write_text(json.dumps(statistics))
+    save_file(og.tensors(golden, "adapter_state_dict"), adapter / "adapter_model.safetensors")
+    return golden, base, adapter
+
+
+def test_an_adapter_becomes_a_policy_with_its_own_statistics(adapter_folders, tmp_path):
+    golden, base, adapter = adapter_folders
+    policy = load_adapter(openvla_policy(*load_model(str(base)), adapter), adapter).eval()
+    pixels = og.pixels(golden)
+    for case in golden["cases"]:
+        action = policy.predict_action(torch.tensor([case["input_ids"]]), pixel_values=pictures_of(case, pixels))
+        np.testing.assert_allclose(action, case["actions"]["bridge_orig"], rtol=0, atol=og.ACTIONS)
+    save_adapter(policy, tmp_path / "again")
+    assert set(load_file(tmp_path / "again" / "adapter_model.safetensors")) == set(golden["adapter_state_dict"])
+
+
+def test_a_partial_adapter_is_an_error(adapter_folders):
+    golden, base, adapter = adapter_folders
+    state = og.tensors(golden, "adapter_state_dict")
+    state.pop("base_model.model.vision_backbone.featurizer.patch_embed.proj.lora_A.weight")
+    save_file(state, adapter / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match="1 weights are missing"):
+        load_adapter(openvla_policy(*load_model(str(base)), adapter), adapter)
+
+
 TOWERS = {
     "vision_backbone.featurizer": (1024, 24, 4096, "dinov2"),
     "vision_backbone.fused_featurizer": (1152, 27, 4304, "siglip"),
@@ -272,6 +312,11 @@ def test_unknown_fields_stay_and_auto_map_goes(tmp_path):
         if name not in ("transformers_version",):
             assert again[name] == value, name
     assert "auto_map" not in again
+
+
+def test_fields_have_types():
+    with pytest.raises(StrictDataclassFieldValidationError, match="output_projector_states"):
+        OpenVLAConfig(**og.tiny_config(output_projector_states="many"))
 
 
 @pytest.mark.parametrize(

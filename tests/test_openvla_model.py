@@ -5,7 +5,15 @@ import openvla_golden as og
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModel, AutoModelForImageTextToText, DynamicCache, StaticCache, Trainer, TrainingArguments
+from transformers import (
+    AutoModel,
+    AutoModelForImageTextToText,
+    BitsAndBytesConfig,
+    DynamicCache,
+    StaticCache,
+    Trainer,
+    TrainingArguments,
+)
 
 from hf_vla_actions import OpenVLAConfig, OpenVLAForActionPrediction
 from hf_vla_actions.errors import VLAActionsError
@@ -153,7 +161,8 @@ def test_logits_to_keep_and_tuples(model):
     assert out.image_hidden_states is None
 
 
-def test_eager_attention_agrees_with_sdpa(attention="eager"):
+def test_eager_attention_agrees_with_sdpa():
+    attention = "eager"
     torch.manual_seed(0)
     model = og.tiny_model()
     inputs = batch(pad_left=(0, 3))
@@ -191,7 +200,7 @@ def test_several_pictures_follow_each_other(model):
 @pytest.mark.parametrize("shape", [(2, 3, 56, 56), (2, 6, 70, 70), (1, 6, 56, 56)])
 def test_pictures_of_another_kind_are_refused(model, shape):
     inputs = batch()
-    with pytest.raises(VLAActionsError, match="pixel_values|pictures of"):
+    with pytest.raises(VLAActionsError, match=r"pixel_values|pictures of"):
         model(**{**inputs, "pixel_values": torch.zeros(shape)})
 
 
@@ -326,3 +335,22 @@ def test_a_compiled_forward_agrees(model):
     compiled = torch.compile(model.forward, backend="eager", fullgraph=True)
     with torch.no_grad():
         torch.testing.assert_close(compiled(**inputs).logits, model(**inputs).logits, atol=2e-5, rtol=0)
+
+
+def test_four_bits(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    towers = [{"embed_dim": 32, "depth": 3, "num_heads": 2, "mlp_ratio": 4.0}] * 2
+    sizes = {"vision_overrides": towers, "text_config": {"hidden_size": 64, "intermediate_size": 128}}
+    model = og.tiny_model(**sizes)
+    model.save_pretrained(tmp_path)
+    options = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    small = OpenVLAForActionPrediction.from_pretrained(tmp_path, quantization_config=options)
+    assert type(small.vision_backbone.featurizer.blocks[0].attn.qkv).__name__ == "Linear4bit"
+    assert type(small.get_output_embeddings()) is torch.nn.Linear
+    inputs = batch()
+    assert small.predict_action(**inputs, unnorm_key="arm_7").shape == (2, 7)
+    black = {**inputs, "pixel_values": torch.zeros_like(inputs["pixel_values"])}
+    with torch.no_grad():
+        logits, exact, other = (m(**i).logits[:, -1] for m, i in ((small, inputs), (model, inputs), (small, black)))
+    assert torch.nn.functional.cosine_similarity(logits, exact).min() > 0.5
+    assert not torch.allclose(logits, other, atol=0.1)

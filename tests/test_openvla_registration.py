@@ -9,6 +9,7 @@ import openvla_golden as og
 import pytest
 
 PLUGIN, TRANSFORMERS = "import hf_vla_actions", "from transformers import {}"
+AGAIN = "hf_vla_actions.registration.register()"
 AUTO = "AutoModelForImageTextToText, AutoProcessor, AutoConfig, AutoImageProcessor, AutoModel"
 
 
@@ -55,8 +56,7 @@ ORDERS = {
     "in between": [TRANSFORMERS.format("AutoConfig"), PLUGIN, TRANSFORMERS.format(AUTO)],
     "models first": ["import transformers.models.llama.modeling_llama", PLUGIN, TRANSFORMERS.format(AUTO)],
     "plugin, then models": [PLUGIN, "import transformers.models.llama.modeling_llama", TRANSFORMERS.format(AUTO)],
-    "twice": [PLUGIN, "hf_vla_actions.registration.register()", TRANSFORMERS.format(AUTO), "import importlib"]
-    + ["hf_vla_actions.registration.register()", "importlib.reload(hf_vla_actions)"],
+    "twice": [PLUGIN, AGAIN, TRANSFORMERS.format(AUTO), AGAIN, "import importlib; importlib.reload(hf_vla_actions)"],
 }
 
 

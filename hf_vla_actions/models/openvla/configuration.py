@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
@@ -58,6 +59,7 @@ class TowerSize:
         return 5 if self.kind == "dinov2" else 0
 
 
+@strict
 class OpenVLAConfig(PreTrainedConfig):
     """Configuration of an OpenVLA model; reads the `config.json` of the published checkpoints.
 
