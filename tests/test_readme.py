@@ -4,6 +4,7 @@ import doctest
 import re
 from pathlib import Path
 
+import matrix
 import numpy as np
 import pytest
 from PIL import Image
@@ -100,3 +101,7 @@ def test_pictures_and_links_exist():
         assert (ROOT / target).exists(), target
     with Image.open(ROOT / "docs/demo_figure.png") as figure:
         assert np.array(figure).std() > 10, "not an empty sheet"
+
+
+def test_matrix_is_the_one_that_the_tests_execute():
+    assert matrix.table() in README
