@@ -10,7 +10,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, SiglipVisionConfig, SiglipVisionModel
 
 from hf_vla_actions import OpenVLAConfig, OpenVLAForActionPrediction
 from hf_vla_actions.errors import CheckpointError
@@ -299,6 +299,53 @@ def test_whether_there_are_two_towers_follows_from_the_id(backbone, given, fused
     assert (
         OpenVLAConfig(vision_backbone_id=backbone, use_fused_vision_backbone=given).use_fused_vision_backbone is fused
     )
+
+
+def single_tower(**changes):
+    tower = {"embed_dim": 24, "depth": 4, "num_heads": 3, "mlp_ratio": 3.7362}
+    backbone = {"vision_backbone_id": "siglip-vit-so400m", "image_sizes": [70], "vision_overrides": [tower]}
+    return og.tiny_model(**backbone, **changes)
+
+
+def test_one_siglip_tower_equals_that_of_transformers():
+    model = single_tower()
+    sizes = {"hidden_size": 24, "intermediate_size": 89, "num_hidden_layers": 4, "num_attention_heads": 3}
+    config = SiglipVisionConfig(**sizes, image_size=70, patch_size=14, hidden_act="gelu", vision_use_head=False)
+    other = SiglipVisionModel(config).eval()
+    names = {"norm1": "layer_norm1", "norm2": "layer_norm2", "attn.proj": "self_attn.out_proj"}
+    tower, state = model.vision_backbone.featurizer.state_dict(), {}
+    for name, tensor in tower.items():
+        for mine, theirs in names.items():
+            name = name.replace(mine, theirs)
+        if name.startswith("blocks.") and ".attn.qkv." in name:
+            for part, third in zip("qkv", tensor.chunk(3), strict=True):
+                state[name.replace("blocks", "encoder.layers").replace("attn.qkv", f"self_attn.{part}_proj")] = third
+        elif name.startswith("blocks."):
+            state[name.replace("blocks", "encoder.layers")] = tensor
+    state["embeddings.patch_embedding.weight"] = tower["patch_embed.proj.weight"]
+    state["embeddings.patch_embedding.bias"] = tower["patch_embed.proj.bias"]
+    state["embeddings.position_embedding.weight"] = tower["pos_embed"][0]
+    state |= {f"post_layernorm.{part}": tower[f"norm.{part}"] for part in ("weight", "bias")}
+    other.load_state_dict(state, strict=True)
+    pixel_values = torch.randn(2, 3, 70, 70)
+    with torch.no_grad():
+        features = model.vision_backbone(pixel_values)
+        expected = other(pixel_values, output_hidden_states=True).hidden_states[-2]
+        torch.testing.assert_close(features, expected, atol=2e-5, rtol=0)
+        fc1, fc2 = model.projector.fc1, model.projector.fc2
+        hidden = torch.nn.functional.gelu(features @ fc1.weight.T + fc1.bias) @ fc2.weight.T + fc2.bias
+        torch.testing.assert_close(model.get_image_features(pixel_values), hidden, atol=2e-5, rtol=0)
+    assert features.shape == (2, 25, 24)
+    assert not hasattr(model.projector, "fc3")
+
+
+def test_a_text_model_of_another_kind_works():
+    text = {"model_type": "mistral", "sliding_window": None, "head_dim": 8}
+    model = single_tower(text_config=text)
+    assert type(model.language_model).__name__ == "MistralForCausalLM"
+    inputs = {"input_ids": torch.tensor([[1, 5, 29871]]), "pixel_values": torch.randn(1, 3, 70, 70)}
+    action = model.predict_action(**inputs, unnorm_key="arm_7")
+    assert np.array_equal(action, model.predict_action(**inputs, unnorm_key="arm_7", use_cache=False))
 
 
 def test_unknown_fields_stay_and_auto_map_goes(tmp_path):

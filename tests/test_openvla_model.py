@@ -9,6 +9,7 @@ from transformers import (
     AutoModel,
     AutoModelForImageTextToText,
     BitsAndBytesConfig,
+    CompileConfig,
     DynamicCache,
     StaticCache,
     Trainer,
@@ -354,3 +355,13 @@ def test_four_bits(tmp_path):
         logits, exact, other = (m(**i).logits[:, -1] for m, i in ((small, inputs), (model, inputs), (small, black)))
     assert torch.nn.functional.cosine_similarity(logits, exact).min() > 0.5
     assert not torch.allclose(logits, other, atol=0.1)
+
+
+def test_compiled_steps_of_generate(model):
+    torch._dynamo.reset()
+    inputs = batch(pad_left=(0, 3))
+    options = CompileConfig(backend="eager", fullgraph=True, mode=None)
+    options._compile_all_devices = True  # otherwise only a GPU compiles
+    compiled = {"cache_implementation": "static", "compile_config": options}
+    out = model.generate(**inputs, max_new_tokens=5, do_sample=False, **compiled)
+    assert out.tolist() == model.generate(**inputs, max_new_tokens=5, do_sample=False).tolist()

@@ -1,6 +1,7 @@
 """`predict_action` of OpenVLA: a drop-in for the original, with constraints, batches and several robots."""
 
 import json
+import shutil
 
 import numpy as np
 import openvla_golden as og
@@ -268,6 +269,22 @@ def test_statistics_of_a_fine_tuning_are_found(hub_folder):
     (hub_folder / "dataset_statistics.json").write_text("{}")
     with pytest.raises(VLAActionsError, match="dataset_statistics"):
         OpenVLAForActionPrediction.from_pretrained(hub_folder)
+
+
+def test_a_repository_in_the_cache_is_enough(hub_folder, tmp_path_factory):
+    cache = tmp_path_factory.mktemp("cache")
+    repository = cache / "models--someone--vla"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("a" * 40)
+    shutil.copytree(hub_folder, repository / "snapshots" / ("a" * 40))
+    where = {"cache_dir": str(cache), "local_files_only": True}
+    model = OpenVLAForActionPrediction.from_pretrained("someone/vla", **where)
+    assert set(model.norm_stats) == {"arm_7", "arm_8"}
+    policy = openvla_policy(*load_model("someone/vla", **where), "someone/vla", **where)
+    assert policy.prepare(picture(0), "stop")["pixel_values"].shape == (1, 6, 56, 56)
+    stats = {"my_task": {"action": {"q01": [0.0], "q99": [2.0]}}}
+    (repository / "snapshots" / ("a" * 40) / "dataset_statistics.json").write_text(json.dumps(stats))
+    assert set(OpenVLAForActionPrediction.from_pretrained("someone/vla", **where).norm_stats) == {"my_task"}
 
 
 def test_the_end_token_may_be_one_of_several():

@@ -1,7 +1,5 @@
 """Configuration of OpenVLA checkpoints (openvla/openvla, `prismatic/extern/hf/configuration_prismatic.py`)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,6 +88,7 @@ class OpenVLAConfig(PreTrainedConfig):
     """
 
     model_type = "openvla"
+    # No `from __future__ import annotations` in this file: fields would not be checked.
     keys_to_ignore_at_inference = ("past_key_values",)
     sub_configs_defaults = {  # noqa: RUF012 (read by Transformers as a plain class attribute)
         "text_config": SubConfigSpec(

@@ -202,8 +202,7 @@ class OpenVLAForActionPrediction(OpenVLAPolicyMixin, PreTrainedModel, Generation
         cached = sure or _holds_something(past_key_values)
         given = {"is_first_iteration": is_first_iteration, "inputs_embeds": inputs_embeds, **kwargs}
         if not cached:
-            # The cache is left out: for a static one Transformers would make a mask without the patches.
-            hidden = past_key_values if patches else None
+            # The cache is put in afterwards: for a static one, Transformers would make a mask without the patches.
             inputs = prepare(
                 input_ids,
                 next_sequence_length=next_sequence_length,
@@ -212,10 +211,8 @@ class OpenVLAForActionPrediction(OpenVLAPolicyMixin, PreTrainedModel, Generation
                 position_ids=position_ids,
                 **given,
             )
-            if hidden is not None:
-                inputs["past_key_values"] = hidden
-            if pixel_values is not None:
-                inputs["pixel_values"] = pixel_values
+            if patches:
+                inputs |= {"pixel_values": pixel_values, "past_key_values": past_key_values}
             return inputs
         if patches:
             if is_first_iteration and next_sequence_length is not None:

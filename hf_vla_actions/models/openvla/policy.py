@@ -16,7 +16,7 @@ from hf_vla_actions.actions import NormStats
 from hf_vla_actions.config import FILE_NAME as ACTION_CONFIG_FILE
 from hf_vla_actions.config import ActionConfig
 from hf_vla_actions.errors import CheckpointError, VLAActionsError
-from hf_vla_actions.models.families import VISION_FAMILIES, ModelFamily
+from hf_vla_actions.models.families import TEXT_ONLY, VISION_FAMILIES, ModelFamily
 from hf_vla_actions.models.mixin import ActionPredictionMixin
 from hf_vla_actions.models.openvla.configuration import OpenVLAConfig
 from hf_vla_actions.models.output import ActionOutput
@@ -90,10 +90,9 @@ class OpenVLAPrompts(PromptBuilder):
     """
 
     def __init__(self, processor, config: ActionConfig, family: ModelFamily = OPENVLA):
-        # Not the parent's, which asks the processor for the token that stands for a picture: there is none.
-        self.processor, self.tokenizer, self.config, self.family = processor, processor.tokenizer, config, family
-        added = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
-        self._control = frozenset(added | set(self.tokenizer.all_special_tokens))
+        # As for a text-only model: a processor with pictures would be asked for the token that stands for one.
+        super().__init__(processor.tokenizer, config, TEXT_ONLY)
+        self.processor, self.family = processor, family
 
     def build(self, images, instruction, padding_side: str = "left") -> dict[str, Any]:
         """Tensors of one sample or of a batch; see `PromptBuilder.build`."""
