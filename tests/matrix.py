@@ -29,9 +29,9 @@ SENTENCES = [INSTRUCTIONS[0], "push the green block onto the plate and then move
 LIMITS = [Range("x", -0.01, 0.01), Range("z", -0.004, 0.02, steps=[1]), Fix("gripper", "open")]
 
 
-def make(family, layout):
+def make(family, layout, tie=None):
     """A policy with random weights; its embeddings have rows that no token uses."""
-    model, processor = FAMILIES[family](0, spare_rows=SPARE_ROWS)
+    model, processor = FAMILIES[family](0, spare_rows=SPARE_ROWS, tie=tie)
     tokenizer = processor.tokenizer if family in VISION_FAMILIES else processor
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -40,9 +40,9 @@ def make(family, layout):
 
 
 @functools.lru_cache(maxsize=8)
-def shared(family, layout):
+def shared(family, layout, tie=None):
     """A policy for operations that leave it as it is, with the inputs of a batch."""
-    policy = make(family, layout)
+    policy = make(family, layout, tie)
     return policy, policy.prepare(pictures(policy), SENTENCES)
 
 
@@ -171,15 +171,15 @@ def train_full(family, layout):
     _train(policy, policy)
 
 
-def train_lora(family, layout):
+def train_lora(family, layout, tie=None):
     """LoRA learns; old rows stay to the bit; the saved adapter on a fresh base gives the same logits."""
-    policy = make(family, layout)
+    policy = make(family, layout, tie)
     ids = policy.action_config.vocabulary.token_ids.reshape(-1)
     others = np.setdiff1d(np.arange(policy.get_input_embeddings().weight.shape[0]), ids)
     before = policy.get_input_embeddings().weight[others].detach().clone()
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder) / "base"
-        native, processor = FAMILIES[family](0, spare_rows=SPARE_ROWS)
+        native, processor = FAMILIES[family](0, spare_rows=SPARE_ROWS, tie=tie)
         native.save_pretrained(base)
         processor.save_pretrained(base)
         policy.config._name_or_path = policy.name_or_path = str(base)
@@ -198,9 +198,9 @@ def train_lora(family, layout):
     assert torch.equal(merged.get_input_embeddings().weight[others], before)
 
 
-def save_load(family, layout):
+def save_load(family, layout, tie=None):
     """Saved as the native class would; plain Auto classes and ours load it, no key missing, none unexpected."""
-    policy, inputs = shared(family, layout)
+    policy, inputs = shared(family, layout, tie)
     native = type(policy).__mro__[2]
     auto = AutoModelForImageTextToText if policy.prompts.family.takes_images else AutoModelForCausalLM
     with tempfile.TemporaryDirectory() as folder:

@@ -3,6 +3,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from test_train import write_dataset
 from tiny import picture, sharpen, tiny_llama, tiny_llava
@@ -126,3 +127,16 @@ def test_policy_in_a_folder_that_does_not_exist_raises_without_asking_the_hub(ca
 def test_anything_else_is_refused_and_nothing_is_executed_raises(text):
     with pytest.raises(ConstraintError):
         parse_constraints(text)
+
+
+def test_predict_refuses_a_policy_that_does_not_look_unless_told_to(tmp_path, capsys):
+    policy = tiny_llava()
+    with torch.no_grad():
+        for parameter in policy.model.multi_modal_projector.parameters():
+            parameter.zero_()
+    policy.save_pretrained(tmp_path / "blind")
+    Image.fromarray(picture(0)).save(tmp_path / "a.png")
+    argv = ["predict", "--policy", str(tmp_path / "blind"), "--image", str(tmp_path / "a.png"), "--instruction", "go"]
+    assert main(argv) == 2
+    assert "picture does not change what this policy does" in capsys.readouterr().err
+    assert main([*argv, "--no_self_test"]) == 0

@@ -41,6 +41,9 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--unnorm_key", help="which statistics; may be left out if the policy has one")
     options.add_argument("--constraints", help="in real units, such as 'Range(x, -0.005, 0.005); Fix(gripper, open)'")
     options.add_argument("--mode", choices=MODES, default="project", help="how they are kept (default: %(default)s)")
+    options.add_argument(
+        "--no_self_test", action="store_true", help="do not check first that it sees its picture and reads its words"
+    )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     options.add_argument("--device", default=device, help="where the model runs (default here: %(default)s)")
     return options
@@ -54,7 +57,9 @@ def main(argv: list[str] | None = None) -> int:
     config = ActionConfig.from_pretrained(args.policy)
     images, instruction, demonstrated = _frame(args, config)
     key = config.resolve(args.unnorm_key)
-    policy = AutoModelForActionPrediction.from_pretrained(args.policy).to(args.device)
+    policy = AutoModelForActionPrediction.from_pretrained(args.policy, self_test=False).to(args.device)
+    if not args.no_self_test:
+        policy.self_test()  # where it will run: on a CPU a large model would take minutes
     inputs = policy.prepare(images if policy.prompts.family.takes_images else None, instruction)
     columns = {"free": policy.predict_action(**inputs, unnorm_key=key)[0]}
     if constraints is not None:
