@@ -265,3 +265,11 @@ def test_other_impossible_requests_raise():
     for options in ({"scale": 0.0}, {"length": -1.0}, {"length": float("nan")}):
         with pytest.raises(EmbeddingError, match="above 0"):
             initialize_rows(model, tokens(200), "distance", **options)
+
+
+def test_what_was_measured_to_learn_faster_is_the_default():
+    default, chosen = llama(), llama()
+    grow_embeddings(default, vocabulary(tokens(500)), 756)
+    grow_embeddings(chosen, vocabulary(tokens(500)), 756, "distance")
+    for a, b in zip(weights(default), weights(chosen), strict=True):
+        assert torch.equal(a, b)

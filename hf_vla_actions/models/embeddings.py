@@ -6,6 +6,23 @@ What a new row starts from is one of two things:
   "Initializing New Word Embeddings for Pretrained Language Models"). All action tokens start as the same word.
 - "distance": the mean plus a smooth random curve over the bins, a Gaussian process whose covariance across
   coordinates is that of the trained rows. Neighboring bins start as neighbors, far ones as unlike as two words.
+
+`benchmarks/row_initialization.py`, mean ± standard error of 3 seeds, held-out loss; "apart" is "distance" with a length
+so short that neighbors are as unlike as far bins ("distance:1:0.001"):
+
+========================================  =============  =============  =============
+.                                         mean           distance       apart
+========================================  =============  =============  =============
+random weights, 300 steps                 0.315 ± 0.016  0.279 ± 0.012  0.283 ± 0.010
+random weights, 900 steps                 0.226 ± 0.013  0.181 ± 0.016  0.201 ± 0.008
+random weights, 900 steps, success        47 ± 4 %       70 ± 11 %      58 ± 6 %
+all but the rows trained, 100 steps       0.285 ± 0.006  0.282 ± 0.013  0.285 ± 0.013
+all but the rows trained, 300 steps       0.212 ± 0.009  0.219 ± 0.007  0.217 ± 0.012
+========================================  =============  =============  =============
+
+In a model of random weights "distance" beats "mean" for each seed, mostly because the rows start apart: that neighbors
+are near adds less than its error. In a trained one they differ in the first 50 steps only. So it is the default: it was
+never measurably worse. A large pretrained model was not measured.
 """
 
 from __future__ import annotations
@@ -21,7 +38,7 @@ from hf_vla_actions.errors import VLAActionsError
 logger = logging.getLogger(__name__)
 
 INITIALIZATIONS = ("mean", "distance")
-DEFAULT_INITIALIZATION = "mean"
+DEFAULT_INITIALIZATION = "distance"
 SCALE = 1.0
 """Spread of a curve, in those of the trained rows."""
 LENGTH = 0.1
@@ -146,7 +163,8 @@ def _trained_rows(weight: torch.Tensor, stop: int) -> tuple[torch.Tensor, torch.
     trained = finite & (lengths > UNTRAINED * lengths[finite].median())
     total = torch.zeros(weight.shape[1], dtype=torch.float64)
     for slab in slabs:
-        total += _cpu(weight[slab])[trained[slab]].sum(dim=0, dtype=torch.float64)
+        rows, used = _cpu(weight[slab]), trained[slab]
+        total += (rows if used.all() else rows[used]).sum(dim=0)
     return trained.nonzero()[:, 0], (total / trained.sum()).float()
 
 
