@@ -211,6 +211,19 @@ def test_a_four_dimensional_mask_is_refused_with_a_picture(model):
         model(**{**inputs, "attention_mask": torch.ones(2, 1, 9, 9)})
 
 
+def test_a_mask_that_forgets_the_patches_is_refused(model):
+    inputs = batch(rows=1)
+    with torch.no_grad():
+        cache = model(**inputs, use_cache=True).past_key_values
+        more = {"input_ids": torch.tensor([[7]]), "past_key_values": cache, "pixel_values": inputs["pixel_values"]}
+        with pytest.raises(VLAActionsError, match="10 columns for 25 cached"):
+            model(**more, attention_mask=torch.ones(1, 10))
+        stepped = model(**more, attention_mask=torch.ones(1, 26)).logits[0, -1]
+        ids = torch.cat([inputs["input_ids"], torch.tensor([[7]])], dim=1)
+        whole = model(input_ids=ids, pixel_values=inputs["pixel_values"]).logits[0, -1]
+    torch.testing.assert_close(stepped, whole, atol=2e-5, rtol=0)
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradients_reach_everything_that_is_used(checkpointing):
     model = og.tiny_model().train()

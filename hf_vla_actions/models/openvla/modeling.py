@@ -155,6 +155,7 @@ class OpenVLAForActionPrediction(OpenVLAPolicyMixin, PreTrainedModel, Generation
                 labels = insert.fill(labels, -100)
             if position_ids is not None:
                 position_ids = insert.positions(position_ids)
+        _check_mask(attention_mask, past_key_values, inputs_embeds.shape[1])
         if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
             counted = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
             position_ids = counted[:, -inputs_embeds.shape[1] :]
@@ -248,6 +249,20 @@ class OpenVLAForActionPrediction(OpenVLAPolicyMixin, PreTrainedModel, Generation
         if pixel_values is None:
             return 0
         return pixel_values.shape[1] // (3 * self.vision_backbone.num_towers) * self.config.num_patches
+
+
+def _check_mask(attention_mask: torch.Tensor | None, past_key_values: Any | None, length: int) -> None:
+    """Refuse a mask of the text alone in a step whose cache holds the patches too: all of it would be shifted."""
+    if attention_mask is None or attention_mask.ndim != 2:
+        return
+    if past_key_values is not None and past_key_values.is_compileable:
+        return  # its length is on the GPU
+    cached = 0 if past_key_values is None else past_key_values.get_seq_length()
+    if attention_mask.shape[1] != cached + length:
+        raise VLAActionsError(
+            f"the attention mask has {attention_mask.shape[1]} columns for {cached} cached positions (patches included) "
+            f"and {length} new ones; generate() and prepare_inputs_for_generation() keep account of them"
+        )
 
 
 def _holds_something(past_key_values: Any | None) -> bool:
