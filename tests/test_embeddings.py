@@ -154,7 +154,7 @@ def test_input_and_output_curves_are_different():
 
 
 def test_blocks_are_independent():
-    one, three = llama(1024), llama(1024)
+    one, three = llama(400), llama(400)
     ids = tokens(200, 64, blocks=3)
     initialize_rows(three, ids, "distance")
     initialize_rows(one, ids[:1], "distance")
@@ -273,3 +273,18 @@ def test_what_was_measured_to_learn_faster_is_the_default():
     grow_embeddings(chosen, vocabulary(tokens(500)), 756, "distance")
     for a, b in zip(weights(default), weights(chosen), strict=True):
         assert torch.equal(a, b)
+
+
+def test_reserved_tokens_in_front_of_the_vocabulary_start_from_the_words_behind_them():
+    model = llama()
+    ids = np.arange(7, 39)  # such as <unused0>..<unused31> of Gemma
+    weight = model.get_input_embeddings().weight
+    with torch.no_grad():
+        weight[ids] = 0.0
+        weight[39:] += 1.0  # words are where the mean has to be
+    before = weight.detach().clone()
+    initialize_rows(model, ids)
+    others = np.setdiff1d(np.arange(len(before)), ids)
+    assert torch.equal(weight[others], before[others])
+    assert (weight[ids].mean() - before[others].mean()).abs() < 0.1
+    assert len(torch.unique(weight[ids], dim=0)) == len(ids)

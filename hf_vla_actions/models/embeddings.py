@@ -93,7 +93,8 @@ def initialize_rows(
     that the model has but never trained (Qwen2.5-VL has more rows than its tokenizer has tokens). All other rows stay as
     they are, to the bit. An output bias becomes the mean of the trained ones.
 
-    The trained rows are those below the smallest id, without the ones that were never trained: `UNTRAINED`.
+    The trained rows are the others, without those that were never trained: the few behind the largest id (padding), and
+    rows that are short: `UNTRAINED`.
 
     Args:
         model: a PreTrainedModel; changed in place.
@@ -104,7 +105,7 @@ def initialize_rows(
         seed: of the curves; the caller's random state is neither used nor changed.
 
     Raises:
-        EmbeddingError: `how` is unknown, ids are malformed or beyond the embeddings, or no trained row is below them.
+        EmbeddingError: `how` is unknown, ids are malformed or beyond the embeddings, or no trained row is left.
     """
     _check_how(how)
     ids = np.asarray(ids)
@@ -122,7 +123,6 @@ def _initialize(
     model, blocks: np.ndarray, how: str, *, first_written: int, scale: float, length: float, seed: int
 ) -> None:
     """Set rows `blocks` (blocks, n) that are not below `first_written`; rows below that and all ids are the old ones."""
-    stop = int(min(blocks.min(), first_written or blocks.min()))
     targets: list[Any] = [model.get_input_embeddings()]
     output = model.get_output_embeddings()
     if output is not None and output.weight is not targets[0].weight:
@@ -136,7 +136,7 @@ def _initialize(
             )
     root = _kernel_root(blocks.shape[1], length) if how == "distance" else None
     for matrix, target in enumerate(targets):
-        trained, mean = _trained_rows(target.weight, stop)
+        trained, mean = _trained_rows(target.weight, _old_rows(blocks, target.weight.shape[0], first_written))
         for block, ids in enumerate(blocks):
             # One stream a matrix and block: neither depends on how many others there are.
             rng = np.random.default_rng([seed, matrix, block])
@@ -146,19 +146,29 @@ def _initialize(
             _write(target, torch.from_numpy(ids.astype(np.int64))[written], values[written], trained)
 
 
-def _trained_rows(weight: torch.Tensor, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Indices (k,) of the trained rows below `stop` and their mean (hidden,), float32 on the CPU.
+def _old_rows(blocks: np.ndarray, rows: int, first_written: int) -> np.ndarray:
+    """(n,) bool: which of the first rows are not among those that are set, nor behind them."""
+    stop = first_written or rows
+    if not first_written and rows - blocks.max() - 1 <= blocks.max():
+        stop = int(blocks.max())  # what is behind is padding; else these are reserved tokens in front of the vocabulary
+    old = np.ones(stop, dtype=bool)
+    old[blocks[blocks < stop]] = False
+    return old
+
+
+def _trained_rows(weight: torch.Tensor, old: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    """Indices (k,) of the trained ones among the old rows (n,) bool, and their mean (hidden,), float32 on the CPU.
 
     On the CPU so that a model starts the same wherever it is; in slabs because a float32 copy of a large vocabulary
     takes gigabytes.
     """
-    slabs = [slice(start, min(start + SLAB, stop)) for start in range(0, stop, SLAB)]
+    slabs = [slice(start, min(start + SLAB, len(old))) for start in range(0, len(old), SLAB)]
     lengths = torch.cat([_cpu(weight[slab]).norm(dim=1) for slab in slabs] or [torch.zeros(0)])
-    finite = torch.isfinite(lengths) & (lengths > 0)
+    finite = torch.isfinite(lengths) & (lengths > 0) & torch.from_numpy(old)
     if not finite.any():
         raise EmbeddingError(
-            f"no trained row is among the first {stop} of the embeddings, so there is no mean to start from; pass the ids "
-            "of action tokens, which stand behind the model's own words, and load the model's weights first"
+            f"no trained row is among the first {len(old)} of the embeddings, so there is no mean to start from; load the "
+            "model's weights first, and pass the ids of action tokens alone"
         )
     trained = finite & (lengths > UNTRAINED * lengths[finite].median())
     total = torch.zeros(weight.shape[1], dtype=torch.float64)
