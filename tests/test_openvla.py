@@ -189,12 +189,40 @@ def test_an_adapter_becomes_a_policy_with_its_own_statistics(adapter_folders, tm
     assert set(load_file(tmp_path / "again" / "adapter_model.safetensors")) == set(golden["adapter_state_dict"])
 
 
-def test_a_partial_adapter_is_an_error(adapter_folders):
+LM_HEAD = "base_model.model.language_model.lm_head.base_layer.weight"
+
+
+@pytest.mark.parametrize("copy_of_lm_head", [False, True])
+def test_plain_auto_classes_load_an_adapter_with_its_base(adapter_folders, copy_of_lm_head):
+    golden, _, adapter = adapter_folders
+    if copy_of_lm_head:  # as some releases of PEFT save it
+        lm_head = og.tensors(golden)["language_model.lm_head.weight"]
+        save_file(
+            {**og.tensors(golden, "adapter_state_dict"), LM_HEAD: lm_head}, adapter / "adapter_model.safetensors"
+        )
+    model = AutoModelForImageTextToText.from_pretrained(adapter).eval()
+    assert set(model.norm_stats) == {"mine"}
+    pixels = og.pixels(golden)
+    for case in golden["cases"]:
+        action = model.predict_action(torch.tensor([case["input_ids"]]), pixel_values=pictures_of(case, pixels))
+        np.testing.assert_allclose(action, case["actions"]["bridge_orig"], rtol=0, atol=og.ACTIONS)
+
+
+@pytest.mark.parametrize("change", ["missing", "unexpected"])
+def test_a_partial_adapter_is_an_error(adapter_folders, change):
     golden, base, adapter = adapter_folders
     state = og.tensors(golden, "adapter_state_dict")
-    state.pop("base_model.model.vision_backbone.featurizer.patch_embed.proj.lora_A.weight")
+    name = "base_model.model.vision_backbone.featurizer.patch_embed.proj.lora_A.weight"
+    if change == "missing":
+        state.pop(name)
+    else:
+        state[name.replace("patch_embed", "patches")] = state[name].clone()
     save_file(state, adapter / "adapter_model.safetensors")
-    with pytest.raises(CheckpointError, match="1 weights are missing"):
+    with pytest.raises(CheckpointError, match=f"{change}_keys: 1"):
+        AutoModelForImageTextToText.from_pretrained(adapter)
+    with pytest.raises(
+        CheckpointError, match={"missing": "1 weights are missing", "unexpected": "1 are left"}[change]
+    ):
         load_adapter(openvla_policy(*load_model(str(base)), adapter), adapter)
 
 

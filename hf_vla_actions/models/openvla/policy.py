@@ -129,14 +129,30 @@ class OpenVLAPolicyMixin(ActionPredictionMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """As in Transformers. Statistics of a fine-tuning (`dataset_statistics.json`) replace those of the config."""
+        """As in Transformers. Statistics of a fine-tuning (`dataset_statistics.json`) replace those of the config.
+
+        A folder or repository with an adapter loads with its base model.
+        """
         names = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
         hub = {name: kwargs[name] for name in names if name in kwargs}
+        # The Auto classes pass the base model's path on, and say here where the adapter is.
+        adapter = (kwargs.get("adapter_kwargs") or {}).get("_adapter_model_path")
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)  # type: ignore[misc]
-        stats = read_statistics(pretrained_model_name_or_path, **hub)
+        stats = read_statistics(adapter or pretrained_model_name_or_path, **hub)
+        if stats is None and adapter is not None:
+            stats = read_statistics(pretrained_model_name_or_path)
         if stats is not None:
             (loaded[0] if isinstance(loaded, tuple) else loaded).norm_stats = stats
         return loaded
+
+    def load_adapter(self, *args, **kwargs):
+        """As in Transformers, which would only warn of tensors that are missing or find no place: here both raise."""
+        info = super().load_adapter(*args, **kwargs)  # type: ignore[misc]
+        for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+            keys = sorted(map(str, getattr(info, what)))
+            if keys:
+                raise CheckpointError(f"the adapter does not fit the model: {what}: {len(keys)}, such as {keys[:2]}")
+        return info
 
     @property
     def action_config(self) -> ActionConfig:  # type: ignore[override]
