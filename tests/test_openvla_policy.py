@@ -7,19 +7,24 @@ import numpy as np
 import openvla_golden as og
 import pytest
 import torch
+from PIL import Image
+from test_openvla import pictures_of
 from test_openvla_model import batch
 
 from hf_vla_actions import (
     ActionConfig,
     ActionOutput,
+    AutoModelForActionPrediction,
     InfeasibleConstraintError,
     OpenVLAConfig,
     OpenVLAForActionPrediction,
     PrismaticProcessor,
     TACOLogitsProcessor,
+    to_vla,
 )
+from hf_vla_actions.cli import main
 from hf_vla_actions.constraints import Fix, Range
-from hf_vla_actions.errors import ActionTokenError, CheckpointError, UnnormKeyError, VLAActionsError
+from hf_vla_actions.errors import ActionTokenError, CheckpointError, SelfTestError, UnnormKeyError, VLAActionsError
 from hf_vla_actions.models import load_model
 from hf_vla_actions.models.openvla import openvla_policy, read_statistics
 from hf_vla_actions.models.openvla.policy import close_prompt
@@ -290,3 +295,68 @@ def test_a_repository_in_the_cache_is_enough(hub_folder, tmp_path_factory):
 def test_the_end_token_may_be_one_of_several():
     config = OpenVLAConfig(**og.tiny_config(text_config={"eos_token_id": [2, 7]}))
     assert OpenVLAForActionPrediction(config).action_config.vocabulary.end_token_id == 2
+
+
+@pytest.fixture(scope="module")
+def golden_folder(tmp_path_factory):
+    golden = og.load("golden_openvla.json")
+    folder = tmp_path_factory.mktemp("hub") / "openvla"
+    folder.mkdir()
+    og.write_hub_folder(folder, golden["config"], og.tensors(golden))
+    return folder
+
+
+def test_bare_checkpoint_loads_as_a_policy_and_is_tested(golden_folder, tmp_path):
+    golden = og.load("golden_openvla.json")
+    vla = AutoModelForActionPrediction.from_pretrained(golden_folder)
+    assert vla.check_sees_image() > 0
+    assert vla.check_reads_instruction() > 0
+    pixels = og.pixels(golden)
+    for case in golden["cases"]:
+        ids, pictures = torch.tensor([case["input_ids"]]), pictures_of(case, pixels)
+        for key, expected in case["actions"].items():
+            found = vla.predict_action(ids, pixel_values=pictures, unnorm_key=key)
+            np.testing.assert_allclose(found, expected, rtol=0, atol=og.ACTIONS)
+    assert to_vla(vla, vla.processor, vla.action_config) is vla
+    vla.save_pretrained(tmp_path / "again")
+    again = AutoModelForActionPrediction.from_pretrained(tmp_path / "again")
+    assert again.action_config == vla.action_config
+    inputs = vla.prepare(picture(0), INSTRUCTION)
+    key = next(iter(vla.norm_stats))
+    np.testing.assert_array_equal(
+        again.predict_action(**again.prepare(picture(0), INSTRUCTION), unnorm_key=key),
+        vla.predict_action(**inputs, unnorm_key=key),
+    )
+
+
+def test_model_that_lost_its_picture_is_refused(golden_folder, tmp_path):
+    vla = AutoModelForActionPrediction.from_pretrained(golden_folder)
+    with torch.no_grad():
+        for parameter in vla.projector.parameters():
+            parameter.zero_()
+    vla.save_pretrained(tmp_path / "blind")
+    with pytest.raises(SelfTestError, match="picture does not change"):
+        AutoModelForActionPrediction.from_pretrained(tmp_path / "blind")
+
+
+def test_predict_command_takes_a_bare_checkpoint(golden_folder, tmp_path, capsys):
+    Image.fromarray(picture(0)).save(tmp_path / "a.png")
+    argv = [
+        "predict",
+        "--policy",
+        str(golden_folder),
+        "--image",
+        str(tmp_path / "a.png"),
+        "--instruction",
+        INSTRUCTION,
+    ]
+    assert main([*argv, "--unnorm_key", "bridge_orig", "--constraints", "Range(dim_0, -0.001, 0.001)"]) == 0
+    assert "dim_6" in capsys.readouterr().out
+    assert main(argv) == 2
+    assert "bridge_orig" in capsys.readouterr().err, "which robot has to be said"
+
+
+def test_shim_is_refused_because_transformers_alone_does_not_know_the_type(golden_folder, tmp_path):
+    vla = AutoModelForActionPrediction.from_pretrained(golden_folder, self_test=False)
+    with pytest.raises(VLAActionsError, match="import hf_vla_actions"):
+        vla.save_pretrained(tmp_path / "b", remote_code_shim=True)

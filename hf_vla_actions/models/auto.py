@@ -12,14 +12,16 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     AutoTokenizer,
+    PreTrainedConfig,
     ProcessorMixin,
 )
 from transformers.utils import cached_file
 
+from hf_vla_actions.config import FILE_NAME as ACTION_CONFIG
 from hf_vla_actions.config import ActionConfig, check_source
 from hf_vla_actions.errors import CheckpointError
 from hf_vla_actions.models.adapter import base_of, load_adapter
-from hf_vla_actions.models.families import family_of
+from hf_vla_actions.models.families import OPENVLA_TYPE, family_of
 from hf_vla_actions.models.pil_processors import load_pil_processor, needs_pil_processor
 from hf_vla_actions.models.wrap import to_vla
 
@@ -53,26 +55,30 @@ class AutoModelForActionPrediction:
             SelfTestError: the policy ignores its picture or its instruction.
         """
         path = str(path)
-        action_config = config or ActionConfig.from_pretrained(path, **hub_arguments(kwargs))
+        check_source(path)
+        hub = hub_arguments(kwargs)
         adapter = _adapter_config(path, kwargs)
-        if adapter is None:
-            policy = to_vla(*load_model(path, **kwargs), action_config).eval()
-            return policy.self_test() if self_test else policy
-        if (Path(path) / "config.json").is_file():
-            raise CheckpointError(
-                f"{path} holds both an adapter and a whole model, which of them is meant? Remove adapter_config.json or "
-                "config.json"
-            )
-        # A revision is that of the adapter's repository; its base has its own.
-        options = {name: value for name, value in kwargs.items() if name not in ("revision", "subfolder")}
-        if adapter.get("revision"):
-            options["revision"] = adapter["revision"]
-        model, _ = load_model(base_of(adapter, path), **options)
-        processor = load_processor(path, model.config, **hub_arguments(kwargs))
-        adapted = load_adapter(to_vla(model, processor, action_config), path, **hub_arguments(kwargs)).eval()
+        source, options = path, kwargs
+        if adapter is not None:
+            if (Path(path) / "config.json").is_file():
+                raise CheckpointError(
+                    f"{path} holds both an adapter and a whole model, which of them is meant? Remove "
+                    "adapter_config.json or config.json"
+                )
+            source = base_of(adapter, path)
+            # A revision is that of the adapter's repository; its base has its own.
+            options = {name: value for name, value in kwargs.items() if name not in ("revision", "subfolder")}
+            if adapter.get("revision"):
+                options["revision"] = adapter["revision"]
+        config = config or _action_config(path, source, hub)
+        model, processor = load_model(source, **options)
+        if adapter is not None and config is not None:
+            processor = load_processor(path, model.config, **hub)
+        policy = as_policy(model, processor, path, config, hub)
+        loaded = policy.eval() if adapter is None else load_adapter(policy, path, **hub).eval()
         if self_test:
-            adapted.get_base_model().self_test()
-        return adapted
+            policy.self_test()
+        return loaded
 
 
 def load_model(path: str, **kwargs: Any) -> tuple[Any, Any]:
@@ -108,6 +114,46 @@ def load_processor(path: str, config, **hub_options: Any):
         # AutoProcessor falls back to a bare tokenizer when files are missing, and pictures would be ignored.
         raise CheckpointError(f"{path!r} has no complete processor, only a {type(processor).__name__}")
     return processor
+
+
+def load_action_config(path: str | Path, **hub: Any) -> ActionConfig:
+    """What the tokens of a policy mean, without its weights; also of a checkpoint or adapter of the original OpenVLA.
+
+    Args:
+        path: folder or repository id.
+        hub: `revision`, `token`, `cache_dir`, ... of the repository.
+    """
+    path = str(path)
+    check_source(path)
+    adapter = _adapter_config(path, hub)
+    base = path if adapter is None else base_of(adapter, path)
+    config = _action_config(path, base, hub)
+    if config is None:
+        from hf_vla_actions.models.openvla import action_config_of, read_statistics
+
+        native = AutoConfig.from_pretrained(base, **(hub if base == path else {}))
+        native.norm_stats = read_statistics(path, **hub) or native.norm_stats
+        return action_config_of(native)
+    return config
+
+
+def as_policy(model, processor, path: str, config: ActionConfig | None, hub: dict[str, Any]) -> Any:
+    """A loaded model as a policy; without a config it is a checkpoint of the original OpenVLA, which holds its own."""
+    if config is None:
+        from hf_vla_actions.models.openvla import openvla_policy
+
+        return openvla_policy(model, processor, path, **hub)
+    return to_vla(model, processor, config)
+
+
+def _action_config(path: str, base: str, hub: dict[str, Any]) -> ActionConfig | None:
+    """The config of a policy; None for a checkpoint of the original OpenVLA, whose own files say the same."""
+    if cached_file(path, ACTION_CONFIG, _raise_exceptions_for_missing_entries=False, **hub) is None:
+        check_source(base)
+        native, _ = PreTrainedConfig.get_config_dict(base, **(hub if base == path else {}))
+        if native.get("model_type") == OPENVLA_TYPE:
+            return None
+    return ActionConfig.from_pretrained(path, **hub)
 
 
 def hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -150,7 +150,9 @@ def _old_rows(blocks: np.ndarray, rows: int, first_written: int) -> np.ndarray:
     """(n,) bool: which of the first rows are not among those that are set, nor behind them."""
     stop = first_written or rows
     if not first_written and rows - blocks.max() - 1 <= blocks.max():
-        stop = int(blocks.max())  # what is behind is padding; else these are reserved tokens in front of the vocabulary
+        stop = int(
+            blocks.max()
+        )  # what is behind is padding; else these are reserved tokens in front of the vocabulary
     old = np.ones(stop, dtype=bool)
     old[blocks[blocks < stop]] = False
     return old

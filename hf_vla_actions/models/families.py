@@ -59,6 +59,8 @@ SMOLVLM = ModelFamily("SmolVLM", True, _image_tokens, ("vision_model", "connecto
 PALIGEMMA = ModelFamily("PaliGemma", True, _image_tokens, ("vision_tower", "multi_modal_projector"), suffix_type=1)
 GEMMA3 = ModelFamily("Gemma3", True, _begin_of_image, ("vision_tower", "multi_modal_projector"))
 QWEN_VL = ModelFamily("Qwen-VL", True, _qwen_vision, ("visual",), own_positions=True)
+OPENVLA = ModelFamily("OpenVLA", True, _nothing, ("vision_backbone", "projector"))
+OPENVLA_TYPE = "openvla"
 
 # model_type (saved in config.json) to family; text-only models of any type need no entry.
 VISION_FAMILIES = {
@@ -70,6 +72,7 @@ VISION_FAMILIES = {
     "qwen2_vl": QWEN_VL,
     "qwen2_5_vl": QWEN_VL,
     "qwen3_vl": QWEN_VL,
+    OPENVLA_TYPE: OPENVLA,
 }
 
 

@@ -12,7 +12,7 @@ import torch
 from hf_vla_actions.config import ActionConfig
 from hf_vla_actions.constraints.text import parse_constraints
 from hf_vla_actions.errors import VLAActionsError, one_line_errors
-from hf_vla_actions.models.auto import AutoModelForActionPrediction
+from hf_vla_actions.models.auto import AutoModelForActionPrediction, load_action_config
 from hf_vla_actions.models.mixin import MODES
 
 EPILOG = """\
@@ -54,18 +54,20 @@ def main(argv: list[str] | None = None) -> int:
     """Load the policy, predict for one frame, print a table."""
     args = parser().parse_args(argv)
     constraints = parse_constraints(args.constraints) if args.constraints else None
-    config = ActionConfig.from_pretrained(args.policy)
+    config = load_action_config(args.policy)
     images, instruction, demonstrated = _frame(args, config)
     key = config.resolve(args.unnorm_key)
     policy = AutoModelForActionPrediction.from_pretrained(args.policy, self_test=False).to(args.device)
     if not args.no_self_test:
         policy.self_test()  # where it will run: on a CPU a large model would take minutes
     inputs = policy.prepare(images if policy.prompts.family.takes_images else None, instruction)
-    columns = {"free": policy.predict_action(**inputs, unnorm_key=key)[0]}
+    wanted: dict[str, dict[str, Any]] = {"free": {}}
     if constraints is not None:
-        columns[args.mode] = policy.predict_action(**inputs, unnorm_key=key, constraints=constraints, mode=args.mode)[
-            0
-        ]
+        wanted[args.mode] = {"constraints": constraints, "mode": args.mode}
+    columns = {
+        name: policy.predict_action(**inputs, unnorm_key=key, return_dict=True, **options).actions[0]
+        for name, options in wanted.items()
+    }
     sys.stdout.write(f"instruction: {instruction}\nunnorm_key:  {key}\n")
     if constraints is not None:
         sys.stdout.write(f"constraints: {'; '.join(map(str, constraints))}\n")

@@ -10,7 +10,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from hf_vla_actions.config import ActionConfig
 from hf_vla_actions.errors import VLAActionsError
 from hf_vla_actions.models.embeddings import grow_embeddings
-from hf_vla_actions.models.families import family_of
+from hf_vla_actions.models.families import OPENVLA_TYPE, family_of
 from hf_vla_actions.models.mixin import ActionPredictionMixin
 from hf_vla_actions.models.prompts import PromptBuilder
 from hf_vla_actions.tokenizers import ActionVocabulary
@@ -35,6 +35,9 @@ def to_vla(model, processor, config: ActionConfig) -> Any:
         raise VLAActionsError(
             f"{type(model).__name__} cannot generate; load it with AutoModelForImageTextToText or AutoModelForCausalLM"
         )
+    if model.config.model_type == OPENVLA_TYPE:
+        native: Any = model
+        return native.attach(processor, config)  # a policy by itself, with prompts of its own
     family = family_of(model.config)
     prompts = PromptBuilder(processor, config, family)
     config.vocabulary.check(prompts.tokenizer)

@@ -16,7 +16,7 @@ from hf_vla_actions.actions import NormStats
 from hf_vla_actions.config import FILE_NAME as ACTION_CONFIG_FILE
 from hf_vla_actions.config import ActionConfig
 from hf_vla_actions.errors import CheckpointError, VLAActionsError
-from hf_vla_actions.models.families import TEXT_ONLY, VISION_FAMILIES, ModelFamily
+from hf_vla_actions.models.families import OPENVLA, TEXT_ONLY, ModelFamily
 from hf_vla_actions.models.mixin import ActionPredictionMixin
 from hf_vla_actions.models.openvla.configuration import OpenVLAConfig
 from hf_vla_actions.models.output import ActionOutput
@@ -70,14 +70,6 @@ def action_config_of(config: OpenVLAConfig, tokenizer=None) -> ActionConfig:
         prompt=V01_PROMPT if "v01" in str(config.name_or_path) else PROMPT,
         chat=False,
     )
-
-
-def _no_mark(processor, n_images: int) -> str:
-    return ""
-
-
-OPENVLA = ModelFamily("OpenVLA", True, _no_mark, vision_modules=("vision_backbone", "projector"))
-VISION_FAMILIES.setdefault(OpenVLAConfig.model_type, OPENVLA)
 
 
 class OpenVLAPrompts(PromptBuilder):
@@ -242,6 +234,11 @@ class OpenVLAPolicyMixin(ActionPredictionMixin):
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):  # type: ignore[override]
         """Save the weights under the keys of the original; a policy's processor and action config stand beside them."""
+        if kwargs.pop("remote_code_shim", False):
+            raise VLAActionsError(
+                "remote_code_shim is for models that Transformers knows; it does not know 'openvla': load the checkpoint "
+                "after `import hf_vla_actions`"
+            )
         if self.processor is None:
             return super(ActionPredictionMixin, self).save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
         return super().save_pretrained(save_directory, **kwargs)
