@@ -49,12 +49,12 @@ class TinyTraining:
     =====  ======  ========  =======  =============  ===================
     .      --seed  episodes  success  blank picture  swapped instruction
     =====  ======  ========  =======  =============  ===================
-    FULL   0       50        96 %     2 %            2 %
-    QUICK  0       30        50 %     3 %            13 %
+    FULL   0       50        100 %    2 %            2 %
+    QUICK  0       30        77 %     3 %            17 %
     =====  ======  ========  =======  =============  ===================
 
-    With one token a word instead of one a sentence, FULL ends at 48 % success and follows a swapped instruction just as
-    often (`benchmarks/demo_words.py`): it has learned to go to a block, not to which.
+    With one token a word instead of one a sentence, FULL ends at 50 % success and follows a swapped instruction as
+    often (52 %; `benchmarks/demo_words.py`): it has learned to go to a block, not to which.
 
     Attributes:
         num_episodes: Demonstrations, each about 3.5 steps.
