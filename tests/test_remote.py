@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Llav
 
 from hf_vla_actions import ActionPredictionMixin
 from hf_vla_actions.errors import CheckpointError
-from hf_vla_actions.models.remote import FILE_NAME
+from hf_vla_actions.models.shim import FILE_NAME
 
 
 @pytest.fixture(autouse=True)
