@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+from hf_vla_actions.actions import NormStats
+from hf_vla_actions.actions.norm_stats import FILE_NAME as STATISTICS_FILE
 from hf_vla_actions.errors import CheckpointError
+from hf_vla_actions.models.families import OPENVLA_TYPE
 
 
 def save_adapter(model, folder: str | Path) -> None:
@@ -24,6 +28,25 @@ def save_adapter(model, folder: str | Path) -> None:
     model.save_pretrained(folder, save_embedding_layers=False)
     policy.processor.save_pretrained(folder)
     policy.action_config.save_pretrained(folder)
+    if policy.config.model_type == OPENVLA_TYPE:
+        # Where the original's readers look for them; its config.json stays with the base.
+        share_statistics(policy)
+        (Path(folder) / STATISTICS_FILE).write_text(json.dumps(policy.config.norm_stats, indent=1), encoding="utf-8")
+
+
+def share_statistics(policy) -> None:
+    """Write the statistics of an OpenVLA policy's action config into its model's config too; entries it has stay.
+
+    Args:
+        policy: OpenVLAForActionPrediction with its processor attached. Its config becomes `config.json`, which is all
+            that the original's readers and `policy.norm_stats` know.
+    """
+    wanted, entries = policy.action_config.norm_stats.to_dict(), dict(policy.config.norm_stats or {})
+    for key, entry in wanted.items():
+        same = key in entries and NormStats.from_dict({key: entries[key]})[key] == policy.action_config.norm_stats[key]
+        if not same:
+            entries[key] = entry
+    policy.config.norm_stats = {key: entries[key] for key in wanted}
 
 
 def base_of(adapter: dict[str, Any], folder: str | Path) -> str:
@@ -71,4 +94,6 @@ def load_adapter(policy, folder: str | Path, **kwargs: Any):
             f"the adapter in {folder} does not fit its base model: {len(there - saved)} weights are missing "
             f"(such as {sorted(there - saved)[:2]}), {len(saved - there)} are left over ({sorted(saved - there)[:2]})"
         )
+    if policy.config.model_type == OPENVLA_TYPE and policy.processor is not None:
+        share_statistics(policy)  # the base knows its own datasets only, and a merged model would be saved like that
     return model

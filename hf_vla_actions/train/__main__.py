@@ -16,6 +16,7 @@ from hf_vla_actions.train.arguments import (
     ModelArguments,
     VLATrainingArguments,
 )
+from hf_vla_actions.train.recipes import asked_recipe, log_differences
 from hf_vla_actions.train.run import fine_tune, prepare_output
 from hf_vla_actions.train.setup import chunk_datasets, load_policy, open_dataset
 
@@ -26,6 +27,10 @@ example, LoRA on every GPU of the machine:
   accelerate launch -m hf_vla_actions.train --model_name_or_path llava-hf/llava-1.5-7b-hf --dataset ./my_robot \\
     --output_dir ./policy --use_peft --lora_r 64 --lora_alpha 16 --lora_dropout 0.05 --bf16 \\
     --action_units m m m rad rad rad none --action_kind delta
+
+example, OpenVLA with its published LoRA recipe:
+  accelerate launch -m hf_vla_actions.train --model_name_or_path openvla/openvla-7b --recipe openvla-lora \\
+    --dataset ./my_robot --cameras image_0 --output_dir ./policy
 
 example, two processes on CPU:
   ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no \\
@@ -48,8 +53,13 @@ def main(argv: list[str] | None = None) -> int:
         allow_abbrev=False,
     )
     argv = sys.argv[1:] if argv is None else argv
+    asked = asked_recipe(argv)
+    if asked is not None:
+        parser.set_defaults(**asked[1])
     model_args, data_args, lora_args, args = parser.parse_args_into_dataclasses(argv)
     logging.basicConfig(level=args.get_process_log_level(), format="%(levelname)s %(name)s: %(message)s")
+    if asked is not None:
+        log_differences(*asked, (model_args, lora_args, args))
     if lora_args.use_peft and not args.learning_rate_was_given:
         args.learning_rate = LORA_LEARNING_RATE
     set_seed(args.seed)

@@ -18,6 +18,15 @@ class ModelArguments:
     model_name_or_path: str = field(
         metadata={"help": "Model of the Hub or folder: a vision-language model, a text-only one, or a policy."}
     )
+    recipe: str | None = field(
+        default=None,
+        metadata={
+            "help": "Start from a published training: 'openvla-lora' (rank 32, alpha 16, learning rate 5e-4, every linear "
+            "layer) or 'openvla-full' (2e-5), both constant and in bfloat16 where the device can. Options that are "
+            "given win over it.",
+            "choices": ["openvla-lora", "openvla-full"],
+        },
+    )
     n_bins: int | None = field(
         default=None, metadata={"help": "Bins a dimension, and action tokens of the vocabulary. Default: 256."}
     )
@@ -125,6 +134,19 @@ class LoraArguments:
     )
     lora_vision: bool = field(
         default=False, metadata={"help": "Adapt the vision tower and the projector too; they are left out otherwise."}
+    )
+    lora_init: str | None = field(
+        default=None,
+        metadata={
+            "help": "How the adapter starts, such as 'gaussian'. Default: PEFT's own. It changes nothing at first."
+        },
+    )
+    lora_action_rows: bool = field(
+        default=True,
+        metadata={
+            "help": "Train the rows of the action tokens beside the adapter. Without it the layers that hold them must be "
+            "among --lora_target_modules, or be trained already."
+        },
     )
 
 

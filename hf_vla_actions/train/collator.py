@@ -10,6 +10,8 @@ import torch
 
 from hf_vla_actions.errors import DatasetError
 from hf_vla_actions.models import PromptBuilder
+from hf_vla_actions.models.families import OPENVLA
+from hf_vla_actions.models.openvla.policy import close_prompt
 
 IGNORED = -100
 
@@ -39,6 +41,12 @@ class ActionCollator:
         config = self.prompts.config
         images = [sample["images"] for sample in samples] if self.prompts.family.takes_images else None
         batch = self.prompts.build(images, [sample["instruction"] for sample in samples])
+        if self.prompts.family == OPENVLA:  # equal, not the same: a worker process has a copy
+            # What its predict_action does first: the lone space between "Out:" and the action.
+            pad = self.prompts.tokenizer.pad_token_id or 0
+            batch["input_ids"], batch["attention_mask"] = close_prompt(
+                batch["input_ids"], batch["attention_mask"], pad
+            )
         try:
             ids = torch.from_numpy(config.encode(np.stack([s["actions"] for s in samples]), self.unnorm_key))
         except ValueError as error:

@@ -15,17 +15,28 @@ def add_lora(policy, args: LoraArguments) -> Any:
     """Return a PeftModel around a policy.
 
     The rows of the action tokens are trained in the input AND the output embeddings: an adapter that only knew the
-    input rows would leave the output rows of new tokens at random.
+    input rows would leave the output rows of new tokens at random. `lora_action_rows=False` leaves both out, for action
+    tokens that the model has learned before or whose output rows have an adapter, as in OpenVLA's own recipe.
 
     Args:
         policy: model made by `to_vla`.
         args: rank, alpha, dropout and targets.
+
+    Raises:
+        TrainingError: no layer fits the targets, or rows would be trained twice.
     """
     from peft import LoraConfig, get_peft_model
 
     ids = policy.action_config.vocabulary.token_ids.reshape(-1).tolist()
     embeddings = (policy.get_input_embeddings(), policy.get_output_embeddings())
     vision = family_of(policy.config).vision_modules
+    rows = {_name_of(policy, layer): ids for layer in embeddings} if args.lora_action_rows else None
+    twice = sorted(set(rows or ()) & set(args.lora_target_modules or ()))
+    if twice:
+        raise TrainingError(
+            f"{twice} would get an adapter and have the rows of the action tokens trained too: pass --lora_action_rows "
+            "false, or leave them out of --lora_target_modules"
+        )
     exclude = rf".*({'|'.join(vision)}).*" if vision and not args.lora_vision else None
     try:
         config = LoraConfig(
@@ -34,7 +45,8 @@ def add_lora(policy, args: LoraArguments) -> Any:
             lora_dropout=args.lora_dropout,
             target_modules=args.lora_target_modules or "all-linear",
             exclude_modules=exclude,
-            trainable_token_indices={_name_of(policy, layer): ids for layer in embeddings},
+            trainable_token_indices=rows,
+            init_lora_weights=args.lora_init or True,  # type: ignore[arg-type]
         )
         return get_peft_model(policy, config)
     except ValueError as error:

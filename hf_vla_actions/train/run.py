@@ -20,7 +20,10 @@ from hf_vla_actions.train.trainer import VLATrainer
 
 TRAIN_SAMPLE = 64
 METRICS_FILE = "action_metrics.json"
-OWN_FILES = ("checkpoint-*", "adapter_*", "model*.safetensors*", "config.json", "action_config.json", METRICS_FILE)
+OWN_FILES = (
+    *("checkpoint-*", "adapter_*", "model*.safetensors*", "config.json", "action_config.json", METRICS_FILE),
+    "dataset_statistics.json",  # of an earlier adapter: it would take the place of the statistics in config.json
+)
 
 
 def fine_tune(

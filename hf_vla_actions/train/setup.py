@@ -16,10 +16,13 @@ from hf_vla_actions.config import FILE_NAME as ACTION_CONFIG_FILE
 from hf_vla_actions.data import ChunkDataset, LeRobotDataset
 from hf_vla_actions.errors import TrainingError
 from hf_vla_actions.models import load_model, to_vla
+from hf_vla_actions.models.adapter import share_statistics
 from hf_vla_actions.models.embeddings import initialize_rows
-from hf_vla_actions.models.families import family_of
+from hf_vla_actions.models.families import OPENVLA_TYPE, family_of
+from hf_vla_actions.models.openvla import action_config_of
 from hf_vla_actions.tokenizers import ActionVocabulary, UniformActionTokenizer
 from hf_vla_actions.train.arguments import DataArguments, ModelArguments
+from hf_vla_actions.train.recipes import RECIPES
 
 logger = logging.getLogger(__name__)
 DEFAULT_BINS = 256
@@ -129,7 +132,11 @@ def load_policy(
 ) -> tuple[Any, str]:
     """Load the model and make it a policy for the dataset; return it with its `unnorm_key`.
 
-    A checkpoint of a policy keeps its action tokens, prompt and horizon, and gains the statistics of the dataset.
+    A checkpoint of a policy keeps its action tokens, prompt and horizon, and gains the statistics of the dataset. So
+    does a checkpoint of the original OpenVLA, where all of it follows from its `config.json`.
+
+    Raises:
+        TrainingError: options contradict each other, the dataset or the checkpoint.
     """
     key = data_args.unnorm_key or Path(data_args.dataset).resolve().name
     space = space_of(dataset, data_args)
@@ -141,6 +148,11 @@ def load_policy(
     model, processor = load_model(model_args.model_name_or_path, **options)
     old = _config_of(model_args.model_name_or_path)
     rows = model.get_input_embeddings().weight.shape[0]
+    native = model.config.model_type == OPENVLA_TYPE
+    _check_recipe(model_args.recipe, model.config.model_type)
+    if native:
+        _check_openvla(data_args, dataset)
+        old = old or _original(model, processor, key, entry)
     if old is None:
         tokenizer = processor.tokenizer if family_of(model.config).takes_images else processor
         config = ActionConfig(
@@ -156,18 +168,51 @@ def load_policy(
             chat=model_args.chat,
         )
     else:
-        _check_unchanged(old, model_args, data_args, dataset)
+        _check_unchanged(model, old, model_args, data_args, dataset)
         if key in old.norm_stats:
             _check_same_robot(old, key, entry["action"], space)
         norm_stats = NormStats({**{k: old.norm_stats[k] for k in old.norm_stats}, key: entry})
         config = replace(old, norm_stats=norm_stats, spaces={**old.spaces, key: space})
+        if native:
+            # Each of its datasets has a camera of its own, and only the number of pictures can be checked in use.
+            config = replace(config, cameras=dataset.cameras)
     logger.info("actions of %r: %s", key, "; ".join(space.describe(i) for i in range(space.dof)))
     policy = to_vla(model, processor, config)
+    if native:
+        share_statistics(policy)
     ids = config.vocabulary.token_ids
     if old is None and not config.vocabulary.in_prompts and (ids < rows).any():
         # They fall on rows that the model has but never trained: some are zero, or all the same.
         initialize_rows(policy, ids)
     return policy, key
+
+
+def _original(model, processor, key: str, entry: dict[str, Any]) -> ActionConfig:
+    """The action config that follows from a checkpoint of the original OpenVLA; it may have no statistics yet."""
+    if not model.config.norm_stats:
+        model.config.norm_stats = NormStats({key: entry}).to_dict()
+    return action_config_of(model.config, processor.tokenizer)
+
+
+def _check_recipe(name: str | None, model_type: str) -> None:
+    if name is not None and RECIPES[name].model_type != model_type:
+        raise TrainingError(
+            f"the recipe {name!r} is for models of type {RECIPES[name].model_type!r}, this one is a {model_type!r}: "
+            "leave --recipe out"
+        )
+
+
+def _check_openvla(data_args: DataArguments, dataset: LeRobotDataset) -> None:
+    """Refuse what an OpenVLA checkpoint has no place for: its readers would silently take it for something else."""
+    if len(dataset.cameras) != 1:
+        raise TrainingError(
+            f"OpenVLA sees one picture, the dataset has the cameras {list(dataset.cameras)}: choose one with --cameras"
+        )
+    if data_args.norm_mode != "bounds_q99":
+        raise TrainingError(
+            f"OpenVLA's checkpoints turn tokens into commands with q01 and q99, whatever --norm_mode "
+            f"{data_args.norm_mode} says: leave it out"
+        )
 
 
 def vocabulary_of(tokenizer, args: ModelArguments, dof: int) -> ActionVocabulary:
@@ -190,16 +235,18 @@ def _config_of(path: str) -> ActionConfig | None:
     return None if file is None else ActionConfig.from_pretrained(Path(file).parent)
 
 
-def _check_unchanged(old: ActionConfig, model_args: ModelArguments, data_args: DataArguments, dataset) -> None:
+def _check_unchanged(model, old: ActionConfig, model_args: ModelArguments, data_args: DataArguments, dataset) -> None:
     """Refuse options that a trained policy cannot change: its tokens would mean something else."""
-    asked = {
+    asked: dict[str, tuple[Any, Any]] = {
         "--prompt": (model_args.prompt, old.prompt),
         "--n_bins": (model_args.n_bins, old.tokenizer.n_codes),
         "--action_layout": (model_args.action_layout, old.vocabulary.layout),
+        "--spare_from": (model_args.spare_from, int(old.vocabulary.token_ids.min())),
         "--horizon": (data_args.horizon, old.horizon),
         "--no_chat": (None if model_args.chat else False, old.chat),
-        "--cameras": (tuple(dataset.cameras) if old.cameras else None, tuple(old.cameras)),
     }
+    if model.config.model_type != OPENVLA_TYPE:
+        asked["--cameras"] = (tuple(dataset.cameras) if old.cameras else None, tuple(old.cameras))
     for option, (wanted, has) in asked.items():
         if wanted is not None and wanted != has:
             raise TrainingError(f"the policy was trained with {option} {has!r}, got {wanted!r}; leave the option out")
@@ -207,11 +254,12 @@ def _check_unchanged(old: ActionConfig, model_args: ModelArguments, data_args: D
 
 def _check_same_robot(old: ActionConfig, key: str, stats: ActionStats, space: ActionSpace) -> None:
     """Refuse to give the numbers of a key that the policy has another meaning."""
+    nobody_said = ActionSpace.unnamed(space.dof)  # as in every checkpoint of the original OpenVLA
     for what, has, wanted in (
         ("statistics", old.stats(key), stats),
         ("action space", old.space(key), space),
     ):
-        if has != wanted:
+        if has not in (wanted, nobody_said):
             raise TrainingError(
                 f"the policy has other {what} under {key!r}: name this dataset with another --unnorm_key, or describe "
                 "its actions as they were"

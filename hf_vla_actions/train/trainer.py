@@ -61,7 +61,10 @@ class VLATrainer(Trainer):
     def prediction_step(self, model, inputs, *args, **kwargs):
         """One step of evaluation."""
         inputs = {name: value for name, value in inputs.items() if name != "sample_ids"}
-        kwargs.setdefault("ignore_keys", None)
+        if kwargs.get("ignore_keys") is None:
+            # Trainer adds to a list; a config may hold a tuple.
+            names = getattr(self.policy.config, "keys_to_ignore_at_inference", ("past_key_values",))
+            kwargs["ignore_keys"] = list(names)
         return super().prediction_step(model, inputs, *args, **kwargs)
 
     def _codes(self, logits, labels: torch.Tensor) -> torch.Tensor:
