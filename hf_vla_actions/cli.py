@@ -12,6 +12,7 @@ COMMANDS = {
     ),
     "train": ("hf_vla_actions.train.__main__", "fine-tune a model on a LeRobotDataset (one process; see --help)"),
     "predict": ("hf_vla_actions.models.predict", "print the action of a policy for one frame, free and constrained"),
+    "inspect": ("hf_vla_actions.hub.inspect", "what is in a checkpoint, and whether it is safe to run"),
 }
 
 

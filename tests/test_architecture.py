@@ -25,6 +25,7 @@ FLOORS = {
     "models": 5,
     "registration": 6,
     "evaluate": 6,
+    "hub": 6,
     "train": 7,
     "demo": 8,
     "cli": 8,

@@ -24,7 +24,7 @@ from hf_vla_actions.train.arguments import DataArguments, ModelArguments
 from hf_vla_actions.train.collator import action_loss
 from hf_vla_actions.train.lora import add_lora as add_lora_to
 from hf_vla_actions.train.recipes import asked_recipe
-from hf_vla_actions.train.setup import load_policy, open_dataset
+from hf_vla_actions.train.setup import _check_openvla, load_policy, open_dataset
 
 INSTRUCTION = "Move the RED block"
 FEW = ["--use_cpu", "--max_steps", "2", "--per_device_train_batch_size", "2", "--save_strategy", "no"]
@@ -171,6 +171,11 @@ def test_two_cameras_without_a_choice_raise(base, tmp_path):
         load(base, tmp_path / "two")
     policy, _ = load(base, tmp_path / "two", cameras=["wrist"])
     assert policy.action_config.cameras == ("observation.images.wrist",)
+
+
+def test_oft_checkpoint_raises(robot):
+    with pytest.raises(TrainingError, match="OFT"):
+        _check_openvla({"oft": {"horizon": 8}}, DataArguments(dataset=str(robot)), LeRobotDataset(robot))
 
 
 def test_full_recipe_saves_a_checkpoint_of_the_original(base, robot, tmp_path):

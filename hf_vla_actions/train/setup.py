@@ -151,7 +151,7 @@ def load_policy(
     native = model.config.model_type == OPENVLA_TYPE
     _check_recipe(model_args.recipe, model.config.model_type)
     if native:
-        _check_openvla(data_args, dataset)
+        _check_openvla(model.config.to_dict(), data_args, dataset)
         old = old or _original(model, processor, key, entry)
     if old is None:
         tokenizer = processor.tokenizer if family_of(model.config).takes_images else processor
@@ -202,8 +202,13 @@ def _check_recipe(name: str | None, model_type: str) -> None:
         )
 
 
-def _check_openvla(data_args: DataArguments, dataset: LeRobotDataset) -> None:
+def _check_openvla(config: dict[str, Any], data_args: DataArguments, dataset: LeRobotDataset) -> None:
     """Refuse what an OpenVLA checkpoint has no place for: its readers would silently take it for something else."""
+    if config.get("oft"):
+        raise TrainingError(
+            "an OpenVLA-OFT checkpoint predicts a chunk in one pass, from heads of its own; what is trained here predicts "
+            "tokens one after the other. Fine-tune the OpenVLA checkpoint that it came from"
+        )
     if len(dataset.cameras) != 1:
         raise TrainingError(
             f"OpenVLA sees one picture, the dataset has the cameras {list(dataset.cameras)}: choose one with --cameras"
