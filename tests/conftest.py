@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+pytest.register_assert_rewrite("matrix")  # its assertions are those of test_matrix
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers of pytest -n share the cores
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

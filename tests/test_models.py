@@ -4,7 +4,16 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from tiny import INSTRUCTIONS, action_config, picture, sharpen, tiny_llama, tiny_llava, tiny_tokenizer
+from tiny import (
+    INSTRUCTIONS,
+    action_config,
+    picture,
+    save_native_llava,
+    sharpen,
+    tiny_llama,
+    tiny_llava,
+    tiny_tokenizer,
+)
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -12,6 +21,8 @@ from transformers import (
     AutoTokenizer,
     LlamaForCausalLM,
     LlavaForConditionalGeneration,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 from hf_vla_actions import (
@@ -23,9 +34,12 @@ from hf_vla_actions import (
     VLAActionsError,
     to_vla,
 )
-from hf_vla_actions.constraints import Fix, Range
+from hf_vla_actions.constraints import Fix, Range, Target
 from hf_vla_actions.demo.tiny_vlm import build_vlm
 from hf_vla_actions.errors import ActionTokenError, CheckpointError
+from hf_vla_actions.models import load_model, save_adapter
+from hf_vla_actions.train.arguments import LoraArguments
+from hf_vla_actions.train.lora import add_lora
 
 LONG = "push the green block onto the plate and then move to the red block"
 
@@ -389,3 +403,56 @@ def test_a_chat_models_generation_config_neither_bends_actions_nor_stops_saving(
     assert AutoModelForActionPrediction.from_pretrained(tmp_path).generation_config.temperature is None
     with pytest.raises(VLAActionsError, match="generation_config"):
         policy.predict_action(**inputs, generation_config=policy.generation_config)
+
+
+def test_processor_of_the_wrong_kind_raises():
+    llava, llama = tiny_llava(), tiny_llama()
+    with pytest.raises(VLAActionsError, match="needs its processor, got a"):
+        to_vla(llava, llava.processor.tokenizer, llava.action_config)
+    with pytest.raises(VLAActionsError, match="needs its tokenizer, got a LlavaProcessor"):
+        to_vla(llama, llava.processor, llama.action_config)
+
+
+def test_bare_tokenizer_in_place_of_a_processor_raises(tmp_path, monkeypatch):
+    save_native_llava(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    monkeypatch.setattr(AutoProcessor, "from_pretrained", lambda *_, **__: tokenizer)
+    with pytest.raises(CheckpointError, match="no complete processor"):
+        load_model(str(tmp_path))
+
+
+def test_encoder_decoder_raises():
+    config = T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    policy = tiny_llama()
+    with pytest.raises(VLAActionsError, match="encoder-decoder"):
+        to_vla(T5ForConditionalGeneration(config), policy.processor, policy.action_config)
+
+
+def test_adapter_saves_all_that_its_policy_needs(tmp_path):
+    save_native_llava(tmp_path / "base")
+    model, processor = load_model(str(tmp_path / "base"))
+    policy = to_vla(model, processor, action_config(processor.tokenizer))
+    adapted = add_lora(policy, LoraArguments(lora_r=4))
+    save_adapter(adapted, tmp_path / "first")
+    loaded = AutoModelForActionPrediction.from_pretrained(tmp_path / "first")
+    loaded.save_pretrained(tmp_path / "second")
+    again = AutoModelForActionPrediction.from_pretrained(tmp_path / "second")
+    inputs = again.prepare(picture(0), "go")
+    np.testing.assert_array_equal(again.predict_action(**inputs), loaded.predict_action(**inputs))
+    with pytest.raises(CheckpointError, match="merge"):
+        loaded.save_pretrained(tmp_path / "third", remote_code_shim=True)
+
+
+def test_temperature_does_not_widen_a_target():
+    policy = sharpen(tiny_llama())
+    with torch.no_grad():
+        policy.get_output_embeddings().weight[torch.tensor(policy.action_config.vocabulary.token_ids)] = 0.0
+    inputs = policy.prepare(None, ["go"] * 64)
+    spread = []
+    for temperature in (1.0, 4.0):
+        torch.manual_seed(0)
+        options = {"do_sample": True, "temperature": temperature, "num_return_sequences": 4}
+        actions = policy.predict_action(**inputs, constraints=[Target("x", 0.0, sigma=0.003)], mode="mask", **options)
+        spread.append(actions[..., 0].std())
+    assert spread[0] == pytest.approx(0.003, rel=0.15)
+    assert spread[1] == pytest.approx(spread[0], rel=0.15), "not twice as wide"

@@ -6,12 +6,14 @@ import logging
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tiny import INSTRUCTIONS, action_config, picture
 from tiny_families import FAMILIES, TOKENIZER_STYLES, VISION_FAMILIES
+from transformers import AutoConfig
 
-from hf_vla_actions import ActionConfig, ActionVocabulary, VLAActionsError
+from hf_vla_actions import ActionConfig, ActionVocabulary, AutoModelForActionPrediction, VLAActionsError, to_vla
 from hf_vla_actions.errors import ActionTokenError
-from hf_vla_actions.models import PromptBuilder
+from hf_vla_actions.models import PromptBuilder, load_model
 from hf_vla_actions.models.families import family_of
 from hf_vla_actions.models.wrap import warn_of_words
 
@@ -67,8 +69,6 @@ def test_text_only_model_uses_the_template_of_its_tokenizer():
 
 
 def _pil(array):
-    from PIL import Image
-
     return Image.fromarray(array)
 
 
@@ -196,3 +196,106 @@ def test_noise_of_float_or_wrong_shape_raises():
     for bad in (np.zeros((4, 4, 3)), np.zeros((4, 4), dtype=np.uint8), "a.png"):
         with pytest.raises(VLAActionsError):
             prompts.build(bad, SENTENCE)
+
+
+def test_template_in_the_tokenizers_file_alone_counts_before_and_after_saving(tmp_path):
+    """Older repositories: processor.chat_template is None, and saving moves the tokenizer's one to the processor."""
+    model, processor = FAMILIES["llava"](0, spare_rows=100)
+    processor.save_pretrained(tmp_path / "old")
+    model.save_pretrained(tmp_path / "old")
+    template = (tmp_path / "old/chat_template.jinja").read_text()
+    (tmp_path / "old/chat_template.jinja").unlink()
+    file = tmp_path / "old/tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "chat_template": template}))
+    model, processor = load_model(str(tmp_path / "old"))
+    policy = to_vla(model, processor, action_config(processor.tokenizer))
+    before = policy.prompts.text(SENTENCE, 1)
+    assert before.startswith("USER: ")
+    policy.save_pretrained(tmp_path / "new")
+    again = AutoModelForActionPrediction.from_pretrained(tmp_path / "new", self_test=False)
+    assert again.prompts.text(SENTENCE, 1) == before
+
+
+def test_several_templates_use_the_default_with_its_date_fixed():
+    prompts = builder("llama")
+    prompts.processor.chat_template = {
+        "default": "{{ strftime_now('%d %b %Y') }} {{ messages[0]['content'] }}",
+        "tool_use": "X",
+    }
+    assert prompts.text(SENTENCE, 0).startswith("26 Jul 2024 In: ")
+    prompts.processor.chat_template = {"rag": "X", "tool_use": "Y"}
+    with pytest.raises(VLAActionsError, match=r"\['rag', 'tool_use'\].*chat=False"):
+        prompts.text(SENTENCE, 0)
+
+
+def test_template_that_wants_more_than_a_user_raises():
+    prompts = builder("llama")
+    prompts.processor.chat_template = "{{ raise_exception('a system message is needed') }}"
+    with pytest.raises(VLAActionsError, match=r"a system message is needed.*chat=False"):
+        prompts.text(SENTENCE, 0)
+
+
+def test_two_beginnings_raise_and_a_line_break_before_one_is_seen():
+    prompts = builder("llama")
+    prompts.processor.chat_template = "\n{{ bos_token }}{{ messages[0]['content'] }}"
+    assert (prompts.build(None, SENTENCE)["input_ids"] == prompts.tokenizer.bos_token_id).sum() == 1
+    prompts.processor.chat_template = "{{ bos_token }}{{ bos_token }}{{ messages[0]['content'] }}"
+    with pytest.raises(ActionTokenError, match="begins twice"):
+        prompts.build(None, SENTENCE)
+
+
+def test_words_of_the_template_are_refused_even_if_they_are_no_special_tokens():
+    model, processor = FAMILIES["qwen2"](0)
+    processor.add_tokens(["<tool_call>"])
+    processor.chat_template = "{{ messages[0]['content'] }}<tool_call>"
+    prompts = PromptBuilder(processor, action_config(processor, n_bins=8), family_of(model.config))
+    with pytest.raises(ActionTokenError, match=r"'<tool_call>', which controls the model"):
+        prompts.build(None, "go <tool_call> there")
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "1", "CMYK"])
+def test_pictures_of_other_modes_are_their_rgb_version(mode):
+    prompts = builder("llava")
+    other = _pil(picture(0)).convert(mode)
+    found = prompts.build(other, SENTENCE)["pixel_values"]
+    assert torch.equal(found, prompts.build(other.convert("RGB"), SENTENCE)["pixel_values"])
+
+
+@pytest.mark.parametrize("mode", ["I", "F", "I;16"])
+def test_pictures_of_more_than_8_bits_raise(mode):
+    with pytest.raises(VLAActionsError, match="scale it to uint8"):
+        builder("llava").build(Image.new(mode, (28, 28)), SENTENCE)
+
+
+def test_number_of_cameras_is_that_of_the_training():
+    prompts = builder("llava", cameras=["front", "wrist"])
+    prompts.build([picture(0), picture(1)], SENTENCE)
+    with pytest.raises(VLAActionsError, match="2 picture"):
+        prompts.build(picture(0), SENTENCE)
+
+
+def test_padding_that_is_an_action_token_is_no_movement(caplog):
+    model, tokenizer = FAMILIES["llama"]()
+    base = action_config(tokenizer, n_bins=2)
+    ids = np.array([tokenizer.pad_token_id, 5])  # 5 is the byte 0x02
+    vocabulary = ActionVocabulary(
+        ids, tokenizer.eos_token_id, "tail", tuple(tokenizer.convert_ids_to_tokens(ids.tolist()))
+    )
+    config = ActionConfig(base.tokenizer, vocabulary, base.norm_stats, base.spaces)
+    with caplog.at_level(logging.WARNING):
+        batch = PromptBuilder(tokenizer, config, family_of(model.config)).build(None, ["go", "go on and on and on"])
+    assert (batch["input_ids"] == tokenizer.pad_token_id).any()
+    assert not caplog.records
+
+
+def test_entries_that_are_no_list_raise():
+    prompts = builder("llava")
+    for images, instruction in ((_pil(picture(0)), ["go"]), (picture(0), ["go"]), (picture(0), None)):
+        with pytest.raises(VLAActionsError, match="list of"):
+            prompts.build(images, instruction)
+
+
+@pytest.mark.parametrize("model_type", ["chameleon", "fuyu", "emu3", "pi0", "udop"])
+def test_vision_models_without_a_vision_config_are_not_taken_for_text(model_type):
+    with pytest.raises(VLAActionsError, match=f"got '{model_type}'"):
+        family_of(AutoConfig.for_model(model_type))

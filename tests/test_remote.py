@@ -8,11 +8,12 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from tiny import INSTRUCTIONS, picture, sharpen, tiny_llama, tiny_llava
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, LlavaForConditionalGeneration
 
 from hf_vla_actions import ActionPredictionMixin
-from hf_vla_actions.errors import CheckpointError
+from hf_vla_actions.errors import CheckpointError, SelfTestError
 from hf_vla_actions.models.shim import FILE_NAME
 
 
@@ -61,8 +62,9 @@ def test_saving_again_never_mixes_files(tmp_path):
 
 def test_a_foreign_file_of_that_name_raises_and_stays(tmp_path):
     (tmp_path / FILE_NAME).write_text("mine = 1")
-    with pytest.raises(CheckpointError, match="not written by this package"):
-        tiny_llava().save_pretrained(tmp_path)
+    for shim in (False, True):
+        with pytest.raises(CheckpointError, match="not written by this package"):
+            tiny_llava().save_pretrained(tmp_path, remote_code_shim=shim)
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == [FILE_NAME]
 
 
@@ -100,3 +102,25 @@ def test_package_need_not_be_imported_by_the_user(tmp_path):
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True, env=environment
     )
     assert done.stdout.split() == ["True"]
+
+
+def test_config_keeps_what_others_wrote_and_nothing_of_the_shim(tmp_path):
+    policy = tiny_llava()
+    policy.save_pretrained(tmp_path / "a", remote_code_shim=True)
+    assert "auto_map" not in policy.config.__dict__
+    policy.config.auto_map = {"AutoModel": "theirs.Model"}
+    policy.save_pretrained(tmp_path / "b", remote_code_shim=True)
+    assert set(auto_map(tmp_path / "b")) == {"AutoModel", "AutoModelForImageTextToText"}
+    assert policy.config.auto_map == {"AutoModel": "theirs.Model"}
+
+
+def test_blind_policy_is_refused_behind_the_shim_too_unless_told(tmp_path):
+    policy = tiny_llava()
+    with torch.no_grad():
+        for parameter in policy.model.multi_modal_projector.parameters():
+            parameter.zero_()
+    policy.save_pretrained(tmp_path, remote_code_shim=True)
+    load = AutoModelForImageTextToText.from_pretrained
+    with pytest.raises(SelfTestError):
+        load(tmp_path, trust_remote_code=True)
+    assert isinstance(load(tmp_path, trust_remote_code=True, self_test=False), ActionPredictionMixin)

@@ -3,6 +3,7 @@
 import functools
 import types
 
+import numpy as np
 import pytest
 import torch
 from tiny import sharpen, tiny_llama, tiny_llava
@@ -10,6 +11,7 @@ from transformers.cache_utils import Cache
 
 from hf_vla_actions import AutoModelForActionPrediction, VLAActionsError
 from hf_vla_actions.errors import CheckpointError, SelfTestError
+from hf_vla_actions.models import self_test
 
 
 def break_forward(policy, change):
@@ -36,9 +38,9 @@ def test_healthy_policies_pass_and_say_by_how_much(layout):
     policy = tiny_llava(layout=layout, horizon=2)
     assert policy.check_sees_image() > 0
     assert policy.check_reads_instruction() > 0
-    assert policy.self_test() is policy
+    policy.self_test()
     text = tiny_llama(layout=layout)
-    assert text.self_test() is text
+    text.self_test()
     with pytest.raises(VLAActionsError, match="nothing to check"):
         text.check_sees_image()
 
@@ -136,3 +138,51 @@ def test_it_leaves_the_random_state_and_the_policy_alone():
     assert torch.equal(torch.get_rng_state(), state)
     for name, value in policy.state_dict().items():
         assert torch.equal(value, before[name]), name
+
+
+@pytest.mark.parametrize(
+    ("change", "noise", "passes"),
+    [(1e-3, 0.0, True), (1e-6, 0.0, False), (0.0, 0.0, False), (1e-3, 5e-4, False), (1e-3, 5e-5, True)],
+)
+def test_what_counts_as_a_change(monkeypatch, change, noise, passes):
+    """Relative to the largest logit, and to what two equal rows of one batch differ by."""
+    logits = np.ones((3, 2, 4))  # two different rows, the first once more
+    logits[1, :, 0] += change
+    logits[2, :, 1] += noise
+    monkeypatch.setattr(self_test, "_logits", lambda *_: logits)
+    found, where = self_test._smallest_change(None, None, ["a", "b"], ["one", "two"])
+    assert found == pytest.approx(change, abs=1e-12)
+    assert (where is None) == passes
+
+
+def test_model_that_forgets_in_its_third_step_raises():
+    policy = sharpen(tiny_llava())
+    length = policy.prepare(np.zeros((224, 224, 3), dtype=np.uint8), self_test.SENTENCE)["input_ids"].shape[1]
+
+    def forget(kwargs):
+        cache = kwargs.get("past_key_values")
+        if cache is not None and cache.get_seq_length() > length:
+            kwargs["attention_mask"] = torch.zeros(len(kwargs["input_ids"]), cache.get_seq_length() + 1).long()
+            kwargs["attention_mask"][:, -1] = 1
+        return kwargs
+
+    break_forward(policy, forget)
+    with pytest.raises(SelfTestError, match="at step 2"):
+        policy.check_sees_image()
+
+
+def test_picture_that_moves_only_words_raises():
+    policy = sharpen(tiny_llava())
+    ids = torch.tensor(policy.action_config.vocabulary.token_ids)
+    with torch.no_grad():
+        policy.get_output_embeddings().weight[ids] = 0.0
+    with pytest.raises(SelfTestError, match="picture does not change"):
+        policy.check_sees_image()
+
+
+def test_deaf_policy_is_refused_on_loading(tmp_path):
+    policy = tiny_llava()
+    policy.processor.chat_template = "<image>go"
+    policy.save_pretrained(tmp_path)
+    with pytest.raises(SelfTestError, match="instruction does not change"):
+        AutoModelForActionPrediction.from_pretrained(tmp_path)

@@ -5,9 +5,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tiny import action_config, sharpen, tiny_llama, tiny_tokenizer
+from matrix import make
+from tiny import action_config, picture, sharpen, tiny_llama, tiny_tokenizer
+from transformers import GenerationConfig
 
-from hf_vla_actions import ActionVocabulary, TACOLogitsProcessor
+from hf_vla_actions import ActionVocabulary, TACOLogitsProcessor, to_vla
 from hf_vla_actions.constraints import Fix, Range, Target
 from hf_vla_actions.errors import ActionTokenError, ConstraintError
 
@@ -124,6 +126,48 @@ def test_plain_generate_finds_what_can_only_be_history(policy):
         taco(uneven, scores)
     uneven[0, -2:] = 5  # a row that another stopping criterion has ended
     assert torch.isfinite(taco(uneven, scores)[1]).sum() == config.vocabulary.n_codes
+
+
+def test_draft_of_assisted_decoding_may_be_a_policy(policy):
+    draft = sharpen(tiny_llama(horizon=HORIZON, seed=1), seed=1)
+    inputs = policy.prepare(None, "move to the red block")
+    expected = policy.predict_action(**inputs, constraints=LIMITS, mode="mask")
+    found = policy.predict_action(**inputs, constraints=LIMITS, mode="mask", assistant_model=draft)
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_generation_that_is_cut_short_raises(policy):
+    inputs = policy.prepare(None, "move to the red block")
+    stop = [lambda ids, scores, **_: torch.ones(len(ids), dtype=torch.bool)]
+    with pytest.raises(ValueError, match="stopped after 1 of the 14 tokens"):
+        policy.predict_action(**inputs, stopping_criteria=stop)
+
+
+@pytest.mark.parametrize("how", ["positional", "config", "argument"])
+def test_speculation_on_a_prompt_that_reads_both_ways_raises(how):
+    vla = make("paligemma", "append")
+    inputs = vla.prepare(picture(0), "go")
+    taco = [TACOLogitsProcessor([], vla.action_config, prompt_length=inputs["input_ids"].shape[1])]
+    arguments, options = {
+        "positional": ((None, None, taco, None, None, None, vla), {}),
+        "config": ((), {"generation_config": GenerationConfig(prompt_lookup_num_tokens=2)}),
+        "argument": ((), {"assistant_model": vla}),
+    }[how]
+    with pytest.raises(ValueError, match="reads itself in both directions"):
+        vla.generate(*arguments, **inputs, **options)
+
+
+def test_action_among_the_ends_of_a_text_raises_and_other_ends_stay():
+    tokenizer = tiny_tokenizer()
+    model = tiny_llama().__class__.__mro__[2](tiny_llama().config)
+    config = replace(
+        action_config(tokenizer, n_bins=4), vocabulary=ActionVocabulary.spare(tokenizer, [299, 300, 301, 302])
+    )
+    model.generation_config.eos_token_id = [2, 300]
+    with pytest.raises(ValueError, match="an action would end in its middle"):
+        to_vla(model, tokenizer, config)
+    model.generation_config.eos_token_id = [2, 310]
+    assert to_vla(model, tokenizer, config).generation_config.eos_token_id == [2, 310]
 
 
 def test_generate_batch_raises_because_it_drops_processors(policy):

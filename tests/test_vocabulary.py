@@ -176,6 +176,16 @@ def test_spare_takes_any_list_of_ids_that_are_not_special():
     tokenizer.add_tokens([f"<new_{i}>" for i in range(6)])
     with pytest.raises(ActionTokenError, match="does not belong"):
         vocabulary.check(tokenizer)
-    for bad in ([tokenizer.eos_token_id, 17], [3, 3], [0.5, 1.0], [[[1]]], []):
+    for bad in ([tokenizer.bos_token_id, 17], [tokenizer.eos_token_id, 17], [3, 3], [0.5, 1.0], [[[1]]], []):
         with pytest.raises(ActionTokenError):
             ActionVocabulary.spare(tokenizer, bad)
+
+
+def test_end_of_sequence_that_is_an_action_or_another_one_raises():
+    tokenizer = tiny_tokenizer()
+    with pytest.raises(ActionTokenError, match="also an action token"):
+        ActionVocabulary(np.array([2, 3]), 2, "append", ("a", "b"))
+    vocabulary = ActionVocabulary.append(tokenizer, 8)
+    tokenizer.eos_token = "<pad>"
+    with pytest.raises(ActionTokenError, match="actions end with id 2"):
+        vocabulary.check(tokenizer)

@@ -24,7 +24,7 @@ from hf_vla_actions.demo.tiny_vlm import QUICK as TINY_QUICK
 from hf_vla_actions.demo.world import COLORS, INSTRUCTIONS, TabletopEnv
 from hf_vla_actions.errors import CheckpointError, VLAActionsError
 from hf_vla_actions.models import AutoModelForActionPrediction
-from hf_vla_actions.models.mixin import MODES
+from hf_vla_actions.models.generation import MODES
 from hf_vla_actions.train import VLATrainingArguments, fine_tune
 from hf_vla_actions.train.arguments import DataArguments, ModelArguments
 from hf_vla_actions.train.setup import chunk_datasets, load_policy, open_dataset

@@ -51,6 +51,7 @@ class TinyTraining:
     =====  ======  ========  =======  =============  ===================
     FULL   0       50        100 %    2 %            2 %
     QUICK  0       30        77 %     3 %            17 %
+    QUICK  1       30        67 %     3 %            23 %
     =====  ======  ========  =======  =============  ===================
 
     With one token a word instead of one a sentence, FULL ends at 50 % success and follows a swapped instruction as

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -12,20 +13,29 @@ from hf_vla_actions.errors import CheckpointError
 from hf_vla_actions.models.families import OPENVLA_TYPE
 
 
-def save_adapter(model, folder: str | Path) -> None:
+def save_adapter(model, folder: str | Path, **kwargs: Any) -> None:
     """Save a PEFT model around a policy: the adapter, the processor and `action_config.json`.
+
+    It is the `save_pretrained` of every PEFT model that this package returns.
 
     Args:
         model: PeftModel whose base was made by `to_vla`.
         folder: where to.
+        kwargs: as for PEFT's `save_pretrained`.
     """
+    from peft import PeftModel
+
+    if "remote_code_shim" in kwargs:
+        raise CheckpointError(
+            "an adapter has no remote_code_shim: merge it (merge_and_unload) and save the whole model"
+        )
     policy = model.get_base_model()
     for config in model.peft_config.values():
         base = Path(config.base_model_name_or_path or "")
         if base.is_dir():  # a relative path would be looked for, from elsewhere, on the Hub
             config.base_model_name_or_path = str(base.resolve())
     # PEFT would add both full embedding matrices because the vocabulary grew; the new rows are in the adapter already.
-    model.save_pretrained(folder, save_embedding_layers=False)
+    PeftModel.save_pretrained(model, str(folder), **{"save_embedding_layers": False, **kwargs})
     policy.processor.save_pretrained(folder)
     policy.action_config.save_pretrained(folder)
     if policy.config.model_type == OPENVLA_TYPE:
@@ -41,12 +51,21 @@ def share_statistics(policy) -> None:
         policy: OpenVLAForActionPrediction with its processor attached. Its config becomes `config.json`, which is all
             that the original's readers and `policy.norm_stats` know.
     """
+    if policy.config.to_dict().get("oft"):
+        return  # its action config has the bounds of one robot, widened by 1e-8: no statistics to give on
     wanted, entries = policy.action_config.norm_stats.to_dict(), dict(policy.config.norm_stats or {})
     for key, entry in wanted.items():
         same = key in entries and NormStats.from_dict({key: entries[key]})[key] == policy.action_config.norm_stats[key]
         if not same:
             entries[key] = entry
     policy.config.norm_stats = {key: entries[key] for key in wanted}
+
+
+def save_whole_adapter(model) -> Any:
+    """Let a PEFT model save, as `model.save_pretrained(folder)`, all that its policy needs; returns it."""
+    # PEFT's own would leave the action config and the processor out, without a word.
+    model.save_pretrained = functools.partial(save_adapter, model)
+    return model
 
 
 def base_of(adapter: dict[str, Any], folder: str | Path) -> str:
@@ -96,4 +115,4 @@ def load_adapter(policy, folder: str | Path, **kwargs: Any):
         )
     if policy.config.model_type == OPENVLA_TYPE and policy.processor is not None:
         share_statistics(policy)  # the base knows its own datasets only, and a merged model would be saved like that
-    return model
+    return save_whole_adapter(model)

@@ -56,6 +56,8 @@ class AutoModelForActionPrediction:
         """
         path = str(path)
         check_source(path)
+        if config is not None and not isinstance(config, ActionConfig):
+            raise CheckpointError(f"config is an ActionConfig, got {type(config).__name__}")
         hub = hub_arguments(kwargs)
         adapter = _adapter_config(path, kwargs)
         source, options = path, kwargs
@@ -84,13 +86,15 @@ class AutoModelForActionPrediction:
 def load_model(path: str, **kwargs: Any) -> tuple[Any, Any]:
     """Load a native model with its processor (for a text-only model its tokenizer); incomplete weights raise."""
     check_source(path)
+    if kwargs.pop("output_loading_info", False):
+        raise CheckpointError("there is no loading info to return: a key that is missing or unexpected raises here")
     try:
         config = kwargs.get("config") or AutoConfig.from_pretrained(path, **hub_arguments(kwargs))
         family = family_of(config)
         auto: Any = AutoModelForImageTextToText if family.takes_images else AutoModelForCausalLM
         model, info = auto.from_pretrained(path, output_loading_info=True, **kwargs)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"no model to be had from {path!r}: {str(error).splitlines()[0]}") from None
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"no model to be had from {path!r}: {str(error).splitlines()[0]}") from error
     problems = {name: sorted(map(str, info[name])) for name in ("missing_keys", "unexpected_keys", "mismatched_keys")}
     if any(problems.values()):
         summary = "; ".join(f"{name}: {len(keys)} ({keys[:2]})" for name, keys in problems.items() if keys)

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
 from hf_vla_actions.errors import VLAActionsError
 
 
@@ -80,7 +82,7 @@ def family_of(config) -> ModelFamily:
     """The family of a model by its configuration; a vision model that is not known yet raises."""
     if config.model_type in VISION_FAMILIES:
         return VISION_FAMILIES[config.model_type]
-    if "vision_config" in config.sub_configs:
+    if "vision_config" in config.sub_configs or config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
         raise VLAActionsError(
             f"vision models that can be used are of type {sorted(VISION_FAMILIES)}, got {config.model_type!r}; a model "
             "that is like one of them can be entered into hf_vla_actions.models.families.VISION_FAMILIES, after which "

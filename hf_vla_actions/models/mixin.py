@@ -14,42 +14,12 @@ from transformers import LogitsProcessorList
 from hf_vla_actions.config import ActionConfig
 from hf_vla_actions.decoding import TACOLogitsProcessor
 from hf_vla_actions.errors import VLAActionsError
+from hf_vla_actions.models.generation import MODES, RESERVED, check_generation, log_prob, neutral
 from hf_vla_actions.models.output import ActionOutput
 from hf_vla_actions.models.prompts import PromptBuilder
 from hf_vla_actions.models.self_test import SENTENCE, SENTENCES, check_reads_instruction, check_sees_image
 from hf_vla_actions.models.shim import remove_shim, shim_in_config, write_shim
 from hf_vla_actions.runtime import ChunkPolicy
-
-MODES = ("project", "transport", "mask")
-
-# Text-generation habits of a checkpoint (its generation_config.json) would bend the distribution over actions: a
-# repetition penalty forbids standing still, top_k=50 cuts the bins. Each can still be asked for in the call.
-NEUTRAL_GENERATION: dict[str, Any] = {
-    "do_sample": False,
-    "num_beams": 1,
-    "num_return_sequences": 1,
-    "repetition_penalty": 1.0,
-    "encoder_repetition_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-    "encoder_no_repeat_ngram_size": 0,
-    "length_penalty": 1.0,
-}
-NEUTRAL_SAMPLING: dict[str, Any] = {
-    "temperature": 1.0,
-    "top_k": 0,
-    "top_p": 1.0,
-    "typical_p": 1.0,
-    "epsilon_cutoff": 0.0,
-    "eta_cutoff": 0.0,
-}
-RESERVED = (
-    "generation_config",
-    "logits_processor",
-    "max_new_tokens",
-    "max_length",
-    "return_dict_in_generate",
-    "output_logits",
-)
 
 
 class ActionPredictionMixin:
@@ -138,16 +108,20 @@ class ActionPredictionMixin:
         )
         taco.bound.check_batch(len(input_ids))
         n_tokens = self.action_config.n_tokens(key)
-        neutral = NEUTRAL_GENERATION | (NEUTRAL_SAMPLING if kwargs.get("do_sample") else {})
         out = self.generate(  # type: ignore[attr-defined]
             input_ids=input_ids,
             logits_processor=LogitsProcessorList([taco]),
-            **{**neutral, "pad_token_id": self.action_config.vocabulary.end_token_id, **kwargs},
+            **{**neutral(kwargs), "pad_token_id": self.action_config.vocabulary.end_token_id, **kwargs},
             max_new_tokens=n_tokens,
             return_dict_in_generate=True,
             output_logits=return_dict,
         )
         token_ids = out.sequences[:, input_ids.shape[1] :].cpu().numpy()
+        if token_ids.shape[1] != n_tokens:
+            raise VLAActionsError(
+                f"generation stopped after {token_ids.shape[1]} of the {n_tokens} tokens of a chunk: leave max_time, "
+                "stopping_criteria and stop_strings out"
+            )
         normalized, decoded = self.action_config.decode(token_ids, key)
         actions = taco.bound.project(decoded) if mode == "project" else decoded
         if not return_dict:
@@ -156,7 +130,7 @@ class ActionPredictionMixin:
             actions=actions,
             normalized=normalized,
             token_ids=token_ids,
-            log_prob=_log_prob(out, token_ids),
+            log_prob=log_prob(out, token_ids),
             unnorm_key=key,
             moved=actions - decoded,
         )
@@ -199,31 +173,37 @@ class ActionPredictionMixin:
 
         return ChunkPolicy(predict_chunk, execute_steps)
 
-    def generate(self, inputs=None, generation_config=None, logits_processor=None, *args, **kwargs):
-        """`generate` of the native model; a TACOLogitsProcessor that would misread the prompt is refused first."""
-        prompt = kwargs.get("input_ids", inputs)
-        for processor in logits_processor or ():
-            if isinstance(processor, TACOLogitsProcessor):
-                processor.check_prompt(prompt)
-        self._check_generation(prompt, generation_config, kwargs)
-        return super().generate(inputs, generation_config, logits_processor, *args, **kwargs)  # type: ignore[misc]
-
-    def _check_generation(self, prompt, generation_config, options: Mapping[str, Any]) -> None:
-        """Refuse what Transformers would do, but silently wrong for this family of models."""
-        family = self.prompts.family
-        if family.own_positions and options.get("inputs_embeds") is not None and prompt is None:
-            raise VLAActionsError(
-                f"a {family.name} model finds the places of its pictures in the ids and would silently take them for "
-                "text: pass input_ids as well as inputs_embeds"
-            )
-        lookup = options.get("prompt_lookup_num_tokens") or getattr(
-            generation_config, "prompt_lookup_num_tokens", None
+    def generate(
+        self,
+        inputs=None,
+        generation_config=None,
+        logits_processor=None,
+        stopping_criteria=None,
+        prefix_allowed_tokens_fn=None,
+        synced_gpus=None,
+        assistant_model=None,
+        *args,
+        **kwargs,
+    ):
+        """`generate` of the native model; what would silently go wrong with actions is refused first."""
+        check_generation(
+            self.prompts.family,
+            prompt=kwargs.get("input_ids", inputs),
+            generation_config=generation_config,
+            logits_processor=logits_processor,
+            options={**kwargs, "assistant_model": assistant_model},
         )
-        if family.suffix_type and (lookup or options.get("assistant_model") is not None):
-            raise VLAActionsError(
-                f"a {family.name} prompt reads itself in both directions, and speculative decoding (assistant_model, "
-                "prompt_lookup_num_tokens) puts guessed tokens into it, which silently changes the actions: leave it out"
-            )
+        return super().generate(  # type: ignore[misc]
+            inputs,
+            generation_config,
+            logits_processor,
+            stopping_criteria,
+            prefix_allowed_tokens_fn,
+            synced_gpus,
+            assistant_model,
+            *args,
+            **kwargs,
+        )
 
     def generate_batch(self, *args, **kwargs):
         """Refused: continuous batching drops LogitsProcessors silently, so its actions would be unconstrained."""
@@ -252,11 +232,10 @@ class ActionPredictionMixin:
         return check_reads_instruction(self, instructions)
 
     def self_test(self):
-        """Run the checks that apply and return the policy; `AutoModelForActionPrediction` does so once on loading."""
+        """Run the checks that apply; `AutoModelForActionPrediction` does so once on loading."""
         if self.prompts.family.takes_images:
             self.check_sees_image()
         self.check_reads_instruction()
-        return self
 
     def save_pretrained(
         self,
@@ -272,7 +251,9 @@ class ActionPredictionMixin:
             save_directory: where to.
             is_main_process: as in Transformers.
             remote_code_shim: add one file that makes `from_pretrained(..., trust_remote_code=True)` of the plain Auto
-                classes return a policy (it needs this package). Without it a shim of an earlier save is removed.
+                classes return a policy (it needs this package). Without it a shim of an earlier save is removed. Only
+                policies can be saved again: a model loaded from such a folder by plain Transformers, without
+                `trust_remote_code`, would keep the file's name in its config and leave the file behind.
             kwargs: as in Transformers (`state_dict`, `max_shard_size`, `push_to_hub`, ...).
         """
         images = self.prompts.family.takes_images
@@ -287,16 +268,3 @@ class ActionPredictionMixin:
             super().save_pretrained(  # type: ignore[misc]
                 save_directory, is_main_process=is_main_process, **kwargs
             )
-
-
-def _log_prob(out, token_ids: np.ndarray) -> np.ndarray:
-    """(rows,) log-probability of the generated tokens from the raw logits of each step."""
-    tokens = torch.as_tensor(token_ids, device=out.logits[0].device)
-    rows = torch.arange(len(tokens), device=tokens.device)
-    beams = out.get("beam_indices")
-    steps = []
-    for step, logits in enumerate(out.logits):
-        row = rows if beams is None else beams[:, step]
-        log_p = torch.log_softmax(logits[row].float(), dim=-1)
-        steps.append(log_p.gather(1, tokens[:, step : step + 1])[:, 0])
-    return torch.stack(steps).cpu().double().sum(dim=0).numpy()

@@ -13,7 +13,7 @@ from hf_vla_actions.config import ActionConfig
 from hf_vla_actions.constraints.text import parse_constraints
 from hf_vla_actions.errors import VLAActionsError, one_line_errors
 from hf_vla_actions.models.auto import AutoModelForActionPrediction, load_action_config
-from hf_vla_actions.models.mixin import MODES
+from hf_vla_actions.models.generation import MODES
 
 EPILOG = """\
 example:

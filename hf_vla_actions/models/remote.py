@@ -17,9 +17,12 @@ class RemotePolicy:
         """Load the policy in `path`; called by the Auto classes with the native `config`."""
         # What the Auto classes tell a class from a repository; the native class below is none.
         passed = {k: v for k, v in kwargs.items() if k not in ("trust_remote_code", "adapter_kwargs", "_from_auto")}
+        self_test = passed.pop("self_test", True)
         model, processor = load_model(str(path), config=config, **passed)
-        policy = to_vla(model, processor, ActionConfig.from_pretrained(path, **hub_arguments(passed)))
-        return policy.eval().self_test()
+        policy = to_vla(model, processor, ActionConfig.from_pretrained(path, **hub_arguments(passed))).eval()
+        if self_test:
+            policy.self_test()
+        return policy
 
     @classmethod
     def register_for_auto_class(cls, auto_class=None) -> None:

@@ -36,20 +36,23 @@ def shim_in_config(config, auto_class: str | None) -> Iterator[None]:
 
 def write_shim(folder: str | os.PathLike) -> None:
     """Write the file that `trust_remote_code=True` loads."""
-    path = Path(folder) / FILE_NAME
+    path = _own(folder)
     temporary = path.with_name(FILE_NAME + ".tmp")
     temporary.write_text(SOURCE, encoding="utf-8")
     os.replace(temporary, path)
 
 
 def remove_shim(folder: str | os.PathLike) -> None:
-    """Take the file away where an earlier save left it; a file of that name that is not ours raises."""
+    """Take the file away where an earlier save left it."""
+    _own(folder).unlink(missing_ok=True)
+
+
+def _own(folder: str | os.PathLike) -> Path:
+    """Where the file is or will be; a file of that name that is not ours raises."""
     path = Path(folder) / FILE_NAME
-    if not path.is_file():
-        return
-    if path.read_text(encoding="utf-8") != SOURCE:
+    if path.is_file() and path.read_text(encoding="utf-8") != SOURCE:
         raise CheckpointError(f"{path} was not written by this package: remove it, or save elsewhere")
-    path.unlink()
+    return path
 
 
 def _set_auto_map(config, auto_map: dict[str, str]) -> None:

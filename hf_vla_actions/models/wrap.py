@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from typing import Any
 
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from hf_vla_actions.config import ActionConfig
 from hf_vla_actions.errors import VLAActionsError
@@ -28,6 +29,13 @@ def to_vla(model, processor, config: ActionConfig) -> Any:
         model: any AutoModelForImageTextToText of a supported family, or any AutoModelForCausalLM.
         processor: its processor (with the action tokens in its tokenizer); for a text-only model the tokenizer.
         config: what turns token ids into robot commands.
+
+    Rows that are added for action tokens get a start (`models.embeddings`). Rows that the model has already stay as they
+    are, since nobody can tell whether they were trained: for a new policy on unused ones call `initialize_rows`, as the
+    training command does.
+
+    Raises:
+        VLAActionsError: the model cannot be a policy, or processor, config and model do not belong together.
     """
     if not isinstance(model, PreTrainedModel):
         raise VLAActionsError(f"to_vla needs a loaded Transformers model, got {type(model).__name__}")
@@ -35,10 +43,18 @@ def to_vla(model, processor, config: ActionConfig) -> Any:
         raise VLAActionsError(
             f"{type(model).__name__} cannot generate; load it with AutoModelForImageTextToText or AutoModelForCausalLM"
         )
+    if model.config.is_encoder_decoder:
+        raise VLAActionsError(f"{type(model).__name__} is an encoder-decoder; policies here are decoders")
     if model.config.model_type == OPENVLA_TYPE:
         native: Any = model
         return native.attach(processor, config)  # a policy by itself, with prompts of its own
     family = family_of(model.config)
+    wanted = ProcessorMixin if family.takes_images else PreTrainedTokenizerBase
+    if not isinstance(processor, wanted):
+        raise VLAActionsError(
+            f"a {family.name} model needs its {'processor' if family.takes_images else 'tokenizer'}, got a "
+            f"{type(processor).__name__}"
+        )
     prompts = PromptBuilder(processor, config, family)
     config.vocabulary.check(prompts.tokenizer)
     if prompts.tokenizer.pad_token is None:
@@ -47,9 +63,9 @@ def to_vla(model, processor, config: ActionConfig) -> Any:
         logger.warning("the tokenizer has no pad token; its end-of-sequence token is used")
     warn_of_words(config.vocabulary, prompts.tokenizer)
     grow_embeddings(model, config.vocabulary, len(prompts.tokenizer))
-    model.generation_config = _neutral_generation(model.generation_config, config.vocabulary.end_token_id)
+    model.generation_config = _neutral_generation(model.generation_config, config.vocabulary)
     if not isinstance(model, ActionPredictionMixin):
-        model.__class__ = _policy_class(type(model))
+        model.__class__ = _policy_class(type(model))  # type: ignore[arg-type]
     policy: Any = model
     policy.action_config, policy.processor, policy.prompts = config, processor, prompts
     return policy
@@ -73,15 +89,21 @@ def warn_of_words(vocabulary: ActionVocabulary, tokenizer) -> None:
         )
 
 
-def _neutral_generation(old: GenerationConfig, end_token_id: int) -> GenerationConfig:
+def _neutral_generation(old: GenerationConfig, vocabulary: ActionVocabulary) -> GenerationConfig:
     """Only the special tokens of a checkpoint's generation config, with the closing token among its ends.
 
     How a chat model likes to sample its text (penalties, suppressed tokens, top_p, guidance) would bend the
     distribution over actions, in `predict_action` and in plain `generate` alike.
     """
+    end_token_id = vocabulary.end_token_id
     ends = old.eos_token_id
     ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
     ends += [end_token_id] if end_token_id not in ends else []
+    if vocabulary.find(ends).any():
+        raise VLAActionsError(
+            f"generate() stops at the ids {ends}, and action tokens are among them: an action would end in its middle. "
+            "Use other ids for actions, or take theirs out of model.generation_config.eos_token_id"
+        )
     return GenerationConfig(
         bos_token_id=old.bos_token_id,
         eos_token_id=ends if len(ends) > 1 else ends[0],
@@ -89,6 +111,7 @@ def _neutral_generation(old: GenerationConfig, end_token_id: int) -> GenerationC
     )
 
 
+@functools.cache
 def _policy_class(native: type) -> type:
     """A subclass that Transformers takes for the native class.
 

@@ -1,0 +1,99 @@
+"""How a policy generates: without the habits of a text model, and not in ways that are silently wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from hf_vla_actions.decoding import TACOLogitsProcessor
+from hf_vla_actions.errors import VLAActionsError
+from hf_vla_actions.models.families import ModelFamily
+
+MODES = ("project", "transport", "mask")
+
+# Text-generation habits of a checkpoint (its generation_config.json) would bend the distribution over actions: a
+# repetition penalty forbids standing still, top_k=50 cuts the bins. Each can still be asked for in the call.
+NEUTRAL_GENERATION: dict[str, Any] = {
+    "do_sample": False,
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "repetition_penalty": 1.0,
+    "encoder_repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "length_penalty": 1.0,
+}
+NEUTRAL_SAMPLING: dict[str, Any] = {
+    "temperature": 1.0,
+    "top_k": 0,
+    "top_p": 1.0,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+}
+RESERVED = (
+    "generation_config",
+    "logits_processor",
+    "max_new_tokens",
+    "max_length",
+    "return_dict_in_generate",
+    "output_logits",
+)
+
+
+def neutral(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of `generate` that leave the distribution over actions as it is, for a call with some options."""
+    return NEUTRAL_GENERATION | (NEUTRAL_SAMPLING if options.get("do_sample") else {})
+
+
+def check_generation(
+    family: ModelFamily,
+    *,
+    prompt: torch.Tensor | None,
+    generation_config,
+    logits_processor,
+    options: Mapping[str, Any],
+) -> None:
+    """Refuse what Transformers would do, but silently wrong for actions or for this family of models.
+
+    Args:
+        family: of the model.
+        prompt: (batch, length) ids, or None if there are only `inputs_embeds`.
+        generation_config: of the call, or None.
+        logits_processor: of the call; a TACOLogitsProcessor that would misread the prompt raises.
+        options: the other arguments of `generate`.
+    """
+    if generation_config is not None and generation_config.to_dict().get("is_assistant"):
+        return  # the draft of an assisted generation, which starts anew at every step; its main model was checked
+    for processor in logits_processor or ():
+        if isinstance(processor, TACOLogitsProcessor):
+            processor.check_prompt(prompt)
+    if family.own_positions and options.get("inputs_embeds") is not None and prompt is None:
+        raise VLAActionsError(
+            f"a {family.name} model finds the places of its pictures in the ids and would silently take them for text: "
+            "pass input_ids as well as inputs_embeds"
+        )
+    lookup = options.get("prompt_lookup_num_tokens")
+    if lookup is None and generation_config is not None:
+        lookup = generation_config.prompt_lookup_num_tokens
+    if family.suffix_type and (lookup or options.get("assistant_model") is not None):
+        raise VLAActionsError(
+            f"a {family.name} prompt reads itself in both directions, and speculative decoding (assistant_model, "
+            "prompt_lookup_num_tokens) puts guessed tokens into it, which silently changes the actions: leave it out"
+        )
+
+
+def log_prob(out, token_ids: np.ndarray) -> np.ndarray:
+    """(rows,) log-probability of the generated tokens from the raw logits of each step."""
+    tokens = torch.as_tensor(token_ids, device=out.logits[0].device)
+    rows = torch.arange(len(tokens), device=tokens.device)
+    beams = out.get("beam_indices")
+    steps = []
+    for step, logits in enumerate(out.logits):
+        row = rows if beams is None else beams[:, step]
+        log_p = torch.log_softmax(logits[row].float(), dim=-1)
+        steps.append(log_p.gather(1, tokens[:, step : step + 1])[:, 0])
+    return torch.stack(steps).cpu().double().sum(dim=0).numpy()
