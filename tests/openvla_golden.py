@@ -26,7 +26,7 @@ LOGITS, ACTIONS, LOSS, PIXELS = 5e-5, 1e-6, 1e-5, 1e-6
 @functools.cache
 def load(name):
     golden = json.loads((FOLDER / name).read_text())
-    if isinstance(golden["config"], str):
+    if isinstance(golden.get("config"), str):
         golden["config"] = json.loads((FOLDER / golden["config"]).read_text())
     return golden
 
@@ -50,6 +50,8 @@ def weight(seed, name, shape):
         std = 0.5 / fan**0.5
     elif ".lora_B." in name:
         std = 0.2
+    elif ".scale." in name or ".shift." in name:
+        std = 8.0 / fan**0.5
     elif name.endswith(("o_proj.weight", "down_proj.weight")):
         std = 0.5 / fan**0.5
     elif name.endswith(("q_proj.weight", "k_proj.weight")):
@@ -93,6 +95,28 @@ def build(golden):
     """The model of a golden, in float32 and eval mode."""
     model = OpenVLAForActionPrediction(OpenVLAConfig(**golden["config"])).eval()
     model.load_state_dict(tensors(golden), strict=True)
+    return model
+
+
+def build_oft(golden, case):
+    """The model of one case of an OFT golden: with the heads, projectors and FiLM layers that it uses."""
+    constants = golden["constants"]
+    oft = {
+        "mode": case["mode"],
+        "horizon": constants["num_actions_chunk"],
+        "dof": constants["action_dim"],
+        "normalization": constants["normalization"],
+        "num_images": len(case["images"]),
+        "proprio_dim": constants["proprio_dim"] if case["proprio"] else None,
+        "use_film": bool(case["film"]),
+    }
+    wanted = ("action_head.",) * (case["mode"] == "l1") + ("proprio_projector.",) * bool(case["proprio"])
+    state = tensors(golden)
+    for field in ("components", "film"):
+        more = tensors(golden, field) if golden.get(field) else {}
+        state |= {k: v for k, v in more.items() if k.startswith(wanted) or (case["film"] and "vision_" in k)}
+    model = OpenVLAForActionPrediction(OpenVLAConfig(**golden["config"], oft=oft)).eval()
+    model.load_state_dict(state, strict=True)
     return model
 
 

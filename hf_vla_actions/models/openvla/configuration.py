@@ -8,6 +8,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 from hf_vla_actions.errors import CheckpointError
+from hf_vla_actions.models.openvla.oft_config import OFTOptions
 
 PATCH = 14
 RESIZE_STRATEGIES = ("resize-naive", "resize-crop", "letterbox")
@@ -82,6 +83,7 @@ class OpenVLAConfig(PreTrainedConfig):
         image_resize_strategy: "resize-naive", "resize-crop" or "letterbox".
         output_projector_states: return the projected patches with each forward pass.
         tie_word_embeddings: embeddings and output rows are one tensor; follows the text model.
+        oft: fields of `OFTOptions`, for an OpenVLA-OFT policy: a whole chunk in one pass.
 
     Raises:
         CheckpointError: fields that contradict each other, or a tower whose sizes nobody knows.
@@ -110,6 +112,7 @@ class OpenVLAConfig(PreTrainedConfig):
     image_resize_strategy: str = "resize-naive"
     output_projector_states: bool = False
     tie_word_embeddings: bool = False
+    oft: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs):
         kwargs.pop("auto_map", None)
@@ -123,7 +126,19 @@ class OpenVLAConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         self.tie_word_embeddings = bool(self.tie_word_embeddings or self._text("tie_word_embeddings", False))
         self.text_config.tie_word_embeddings = self.tie_word_embeddings  # type: ignore[union-attr]
+        if self.oft is not None:
+            self.set_oft(OFTOptions.from_dict(self.oft))
         self._check()
+
+    def set_oft(self, options: OFTOptions) -> None:
+        """Make this the configuration of an OFT policy, whose language model attends in both directions."""
+        self.oft = options.to_dict()
+        self.text_config.is_causal = False  # type: ignore[union-attr]
+
+    @property
+    def oft_options(self) -> OFTOptions | None:
+        """Constants of an OFT policy; None for OpenVLA as it was."""
+        return None if self.oft is None else OFTOptions.from_dict(self.oft)
 
     def _text(self, name: str, default: Any = None) -> Any:
         return getattr(self.text_config, name, default)

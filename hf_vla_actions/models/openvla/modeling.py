@@ -19,7 +19,8 @@ from transformers.utils.generic import can_return_tuple
 from hf_vla_actions.errors import VLAActionsError
 from hf_vla_actions.models.openvla.configuration import OpenVLAConfig
 from hf_vla_actions.models.openvla.insertion import PatchInsertion
-from hf_vla_actions.models.openvla.policy import OpenVLAPolicyMixin
+from hf_vla_actions.models.openvla.oft import OFTOutput, install_oft
+from hf_vla_actions.models.openvla.oft_policy import OFTPolicyMixin
 from hf_vla_actions.models.openvla.vision import AttentionPool, LayerScale, Projector, VisionBackbone, VisionTower
 
 
@@ -35,7 +36,7 @@ class OpenVLAOutput(CausalLMOutputWithPast):
     image_hidden_states: torch.Tensor | None = None
 
 
-class OpenVLAForActionPrediction(OpenVLAPolicyMixin, PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+class OpenVLAForActionPrediction(OFTPolicyMixin, PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     """A language model that sees pictures as patches behind its first token, and speaks in action tokens."""
 
     config_class = OpenVLAConfig
@@ -58,6 +59,8 @@ class OpenVLAForActionPrediction(OpenVLAPolicyMixin, PreTrainedModel, Generation
         # The dtype in force, not the one that text_config names: published configs say bfloat16 there, and a float32
         # load must give a float32 language model too.
         self.language_model = AutoModelForCausalLM.from_config(config.text_config, dtype=torch.get_default_dtype())
+        if config.oft is not None:
+            install_oft(self, config)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -98,9 +101,12 @@ class OpenVLAForActionPrediction(OpenVLAPolicyMixin, PreTrainedModel, Generation
             self.config.action_vocab_size = self.config.first_unused_id
         return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
 
-    def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Pictures (batch, 3 * towers * images, size, size) to (batch, images * patches, hidden of the text model)."""
-        return self.projector(self.vision_backbone(pixel_values))
+    def get_image_features(self, pixel_values: torch.Tensor, language: torch.Tensor | None = None) -> torch.Tensor:
+        """Pictures (batch, 3 * towers * images, size, size) to (batch, images * patches, hidden of the text model).
+
+        With FiLM `language` is the mean embedding of each instruction (batch, hidden).
+        """
+        return self.projector(self.vision_backbone(pixel_values, language))
 
     @can_return_tuple
     def forward(
@@ -114,8 +120,10 @@ class OpenVLAForActionPrediction(OpenVLAPolicyMixin, PreTrainedModel, Generation
         position_ids: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        proprio: torch.Tensor | None = None,
+        actions: torch.Tensor | None = None,
         **kwargs: Any,
-    ) -> OpenVLAOutput:
+    ) -> OpenVLAOutput | OFTOutput:
         """One pass over the text, and over the pictures unless the cache holds them already.
 
         Args:
@@ -133,11 +141,24 @@ class OpenVLAForActionPrediction(OpenVLAPolicyMixin, PreTrainedModel, Generation
             position_ids: (batch, length) of the text; counted from each row's first token unless given.
             use_cache: as in Transformers.
             logits_to_keep: number of last positions to compute logits for; 0 for all, patches included.
+            proprio: normalized state of the robot, for an OFT policy that reads it: see `predict_chunk`.
+            actions: normalized chunks, the target of an OFT policy: see `predict_chunk`.
             kwargs: passed on to the language model.
 
         Returns:
-            OpenVLAOutput; `logits` (batch, length + patches, vocabulary), or fewer positions with `logits_to_keep`.
+            OFTOutput of `predict_chunk` for an OFT policy. Else OpenVLAOutput; `logits` (batch, length + patches, vocabulary), or fewer positions with `logits_to_keep`.
         """
+        if self.config.oft is not None:
+            given = {"labels": labels, "inputs_embeds": inputs_embeds, "past_key_values": past_key_values}
+            refused = sorted(name for name, value in given.items() if value is not None)
+            if refused or input_ids is None or pixel_values is None:
+                raise VLAActionsError(
+                    "an OFT policy predicts a chunk in one pass, from input_ids and pixel_values (with actions for a "
+                    f"loss); refused: {refused}"
+                )
+            return self.predict_chunk(input_ids, attention_mask, pixel_values, proprio, actions)
+        if proprio is not None or actions is not None:
+            raise VLAActionsError("proprio and actions are for OFT policies; this model's config has no `oft`")
         if (input_ids is None) == (inputs_embeds is None):
             raise VLAActionsError("forward takes either input_ids or inputs_embeds, and not both")
         features = None

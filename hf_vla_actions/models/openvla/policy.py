@@ -19,6 +19,7 @@ from hf_vla_actions.errors import CheckpointError, VLAActionsError
 from hf_vla_actions.models.families import OPENVLA, TEXT_ONLY, ModelFamily
 from hf_vla_actions.models.mixin import ActionPredictionMixin
 from hf_vla_actions.models.openvla.configuration import OpenVLAConfig
+from hf_vla_actions.models.openvla.oft_config import oft_statistics
 from hf_vla_actions.models.output import ActionOutput
 from hf_vla_actions.models.prompts import PromptBuilder
 from hf_vla_actions.tokenizers import ActionVocabulary, UniformActionTokenizer
@@ -63,10 +64,16 @@ def action_config_of(config: OpenVLAConfig, tokenizer=None) -> ActionConfig:
                 "another checkpoint"
             )
         texts = tokenizer.convert_ids_to_tokens(ids.tolist())
+    options = config.oft_options
     return ActionConfig(
         tokenizer=UniformActionTokenizer(config.n_action_bins, "openvla"),
         vocabulary=ActionVocabulary(ids, end, "tail", tuple(texts)),
-        norm_stats=NormStats.from_dict(config.norm_stats, source="norm_stats"),
+        norm_stats=(
+            NormStats.from_dict(config.norm_stats, source="norm_stats")
+            if options is None
+            else oft_statistics(config.norm_stats, options)
+        ),
+        horizon=1 if options is None else options.horizon,
         prompt=V01_PROMPT if "v01" in str(config.name_or_path) else PROMPT,
         chat=False,
     )

@@ -94,10 +94,25 @@ class VisionBlock(GradientCheckpointingLayer):
         self.norm2 = nn.LayerNorm(size.width, eps=EPS)
         self.mlp = VisionMLP(size.width, size.mlp_width)
         self.ls2 = LayerScale(size.width) if scaled else nn.Identity()
+        self.has_film = False
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(batch, tokens, width) to the same shape."""
+    def add_film(self, hidden: int) -> None:
+        """Let the instruction modulate this block: a factor and an offset from its mean embedding (batch, hidden).
+
+        Source: moojink/openvla-oft, `prismatic/models/film_vit_wrapper.py`.
+        """
+        like = self.norm1.weight
+        self.scale = nn.Linear(hidden, len(like), device=like.device, dtype=like.dtype)
+        self.shift = nn.Linear(hidden, len(like), device=like.device, dtype=like.dtype)
+        self.has_film = True
+
+    def forward(self, x: torch.Tensor, language: torch.Tensor | None = None) -> torch.Tensor:
+        """(batch, tokens, width) to the same shape; with FiLM also the instruction (batch, hidden)."""
         x = x + self.ls1(self.attn(self.norm1(x)))
+        if self.has_film:
+            if language is None:
+                raise VLAActionsError("the instruction modulates this vision tower (FiLM): it cannot run without")
+            x = x * (1 + self.scale(language)[:, None]) + self.shift(language)[:, None]
         return x + self.ls2(self.mlp(self.norm2(x)))
 
 
@@ -142,8 +157,8 @@ class VisionTower(nn.Module):
         if size.kind == "siglip":
             self.attn_pool = AttentionPool(size)
 
-    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """(batch, 3, height, width) to (batch, patches, width)."""
+    def forward(self, pixels: torch.Tensor, language: torch.Tensor | None = None) -> torch.Tensor:
+        """(batch, 3, height, width), and with FiLM (batch, hidden), to (batch, patches, width)."""
         # Not the convolution's dtype: an adapter or a quantizer may have wrapped it.
         x = self.patch_embed(pixels.to(self.pos_embed.dtype)) + self.pos_embed
         if self.num_prefix_tokens:
@@ -151,7 +166,7 @@ class VisionTower(nn.Module):
             prefix = torch.cat([self.cls_token, self.reg_token], dim=1)
             x = torch.cat([prefix.expand(len(x), -1, -1), x], dim=1)
         for block in self.blocks[:-1]:
-            x = block(x)
+            x = block(x, language)
         return x[:, self.num_prefix_tokens :]
 
 
@@ -167,8 +182,11 @@ class VisionBackbone(nn.Module):
         if self.num_towers == 2:
             self.fused_featurizer = VisionTower(config, towers[1])
 
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """(batch, 3 * towers * images, height, width) to (batch, images * patches, sum of the towers' widths)."""
+    def forward(self, pixel_values: torch.Tensor, language: torch.Tensor | None = None) -> torch.Tensor:
+        """(batch, 3 * towers * images, height, width) to (batch, images * patches, sum of the towers' widths).
+
+        With FiLM `language` is the mean embedding of each instruction (batch, hidden).
+        """
         channels = 3 * self.num_towers
         if pixel_values.ndim != 4 or not pixel_values.shape[1] or pixel_values.shape[1] % channels:
             raise VLAActionsError(
@@ -183,9 +201,11 @@ class VisionBackbone(nn.Module):
         batch = len(pixel_values)
         # Several images come stacked along the channels; each goes through the towers like a sample of its own.
         images = pixel_values.reshape(-1, channels, *pixel_values.shape[2:])
-        features = self.featurizer(images[:, :3])
+        if language is not None:
+            language = language.repeat_interleave(len(images) // batch, dim=0)
+        features = self.featurizer(images[:, :3], language)
         if self.num_towers == 2:
-            features = torch.cat([features, self.fused_featurizer(images[:, 3:])], dim=2)
+            features = torch.cat([features, self.fused_featurizer(images[:, 3:], language)], dim=2)
         return features.reshape(batch, -1, features.shape[-1])
 
 
