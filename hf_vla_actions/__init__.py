@@ -22,6 +22,7 @@ _HOME = {
     "ActionOutput": "models",
     "ActionPredictionMixin": "models",
     "AutoModelForActionPrediction": "models",
+    "load_model": "models",
     "to_vla": "models",
     "OpenVLAConfig": "models.openvla",
     "OpenVLAForActionPrediction": "models.openvla",
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     from hf_vla_actions.config import ActionConfig
     from hf_vla_actions.decoding import TACOLogitsProcessor
     from hf_vla_actions.errors import InfeasibleConstraintError, VLAActionsError
-    from hf_vla_actions.models import ActionOutput, ActionPredictionMixin, AutoModelForActionPrediction, to_vla
+    from hf_vla_actions.models import ActionOutput, ActionPredictionMixin, AutoModelForActionPrediction, load_model, to_vla
     from hf_vla_actions.models.openvla import (
         OpenVLAConfig,
         OpenVLAForActionPrediction,

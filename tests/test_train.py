@@ -515,6 +515,7 @@ def test_options_that_a_trained_policy_cannot_change_raise(dataset_folder, tmp_p
         ({"prompt": "do {instruction}"}, {}),
         ({"n_bins": 64}, {}),
         ({"action_layout": "tail"}, {}),
+        ({"chat": False}, {}),
         ({}, {"horizon": 3}),
     ):
         with pytest.raises(TrainingError, match="leave the option out"):

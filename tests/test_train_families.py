@@ -5,12 +5,15 @@ import json
 import numpy as np
 import pytest
 import torch
+from matrix import make
 from test_train import SEVEN, write_dataset
 from tiny import INSTRUCTIONS, picture
-from tiny_families import FAMILIES
+from tiny_families import FAMILIES, VISION_FAMILIES
 
 from hf_vla_actions import AutoModelForActionPrediction
 from hf_vla_actions.train.__main__ import main
+from hf_vla_actions.train.arguments import LoraArguments
+from hf_vla_actions.train.lora import add_lora, freeze_vision
 
 LAYOUTS = ("append", "per_dimension", "tail", "spare")
 SPARE = 40
@@ -74,6 +77,9 @@ def test_tokens_on_rows_that_were_never_trained_get_a_start(dataset, tmp_path):
         assert rows.norm(dim=1).min() > 0
         assert len(torch.unique(rows, dim=0)) == len(ids)
         torch.testing.assert_close(layer.weight[: ids.min()], native.weight[: ids.min()], rtol=0, atol=0)
+    with torch.no_grad():  # as training would have left them: elsewhere than where they started
+        vla.get_input_embeddings().weight[ids] += 0.5
+    vla.save_pretrained(tmp_path / "out")
     before = vla.get_input_embeddings().weight[ids].clone()
     again = [*command("qwen2_5_vl", "spare", dataset, tmp_path / "second")[4:], "--learning_rate", "0"]
     again = ["--model_name_or_path", str(tmp_path / "out"), "--dataset", str(dataset), *again]
@@ -90,3 +96,17 @@ def test_spare_layout_needs_to_know_where(dataset, tmp_path, capsys):
     argv = command("llama", "append", dataset, tmp_path, "--spare_from", "3")
     assert main(argv) == 2
     assert "--spare_from" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("family", VISION_FAMILIES)
+def test_vision_is_left_out_by_its_own_names(family):
+    """The text model and the output rows learn, nothing else: said without the table that the code reads."""
+    text = ("lm_head", "language_model.", "text_model.")
+    policy = make(family, "append")
+    freeze_vision(policy)
+    for name, parameter in policy.named_parameters():
+        assert parameter.requires_grad == any(part in name for part in text), name
+    adapted = add_lora(make(family, "append"), LoraArguments(lora_r=2))
+    trained = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
+    assert any("lora_A" in name for name in trained)
+    assert all(any(part in name for part in text) for name in trained)
