@@ -178,7 +178,8 @@ def measure(size: str, device: torch.device, repeats: int, cache: str | None) ->
         f"(memory {floors['first']:.2f}, arithmetic {floors['arithmetic']:.2f} ms)"
     )
     print(
-        f"  each token    {per_token:9.2f} ms = {per_token / floors['step']:5.2f} x its floor of {floors['step']:.2f} ms"
+        f"  each token    {per_token:9.2f} ms = {per_token / floors['step']:5.2f} x its floor of {floors['step']:.2f} ms, "
+        f"{per_token / times['products']:.2f} x its products alone ({times['products']:.2f} ms)"
     )
     print(
         f"  by hand       {times['by hand']:9.2f} ms: predict_action takes {times['action'] / times['by hand']:.2f} x that"
