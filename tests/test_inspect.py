@@ -370,9 +370,22 @@ def test_oft_folder_names_its_parts(copy, capsys):
     (folder / "action_head--latest.safetensors").rename(folder / "action_head--latest_checkpoint.pt")
     assert "Pickle files" in problems_of(folder, capsys)
     change_json(folder / "config.json", lambda v: v.update(oft=oft))
+    assert "nothing about states" in problems_of(folder, capsys)
     report = inspect_checkpoint(folder)
-    assert (report.horizon, report.oft["dof"]) == (8, 7)
+    assert (report.horizon, report.oft["dof"], report.tokens) == (8, 7, None)
     assert any("arm_8" in note for note in report.notes)
+
+
+def test_statistics_that_only_this_package_finds_are_a_note(tmp_path):
+    model = og.tiny_model()
+    policy = model.attach(og.processor(model.config))
+    policy.save_pretrained(tmp_path)
+    assert inspect_checkpoint(tmp_path).safe
+    assert not inspect_checkpoint(tmp_path).notes
+    change_json(tmp_path / "config.json", lambda v: v["norm_stats"].pop("arm_8"))
+    report = inspect_checkpoint(tmp_path)
+    assert report.safe
+    assert any("lacks ['arm_8']" in note for note in report.notes)
 
 
 def test_text_only_policy_needs_a_tokenizer_only(tmp_path):

@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+import shutil
 
 import numpy as np
 import openvla_golden as og
@@ -10,7 +11,7 @@ import pytest
 import torch
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from test_train import SEVEN, arguments, write_dataset
+from test_train import SEVEN, arguments, launch, write_dataset
 from tiny import NAMES, picture, save_native_llava
 
 from hf_vla_actions import AutoModelForActionPrediction, NormStats, OpenVLAForActionPrediction
@@ -171,6 +172,29 @@ def test_two_cameras_without_a_choice_raise(base, tmp_path):
         load(base, tmp_path / "two")
     policy, _ = load(base, tmp_path / "two", cameras=["wrist"])
     assert policy.action_config.cameras == ("observation.images.wrist",)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_resumed_training_ends_where_uninterrupted_training_does(lora, base, robot, tmp_path):
+    more = ["--save_strategy", "steps", "--save_steps", "1", "--learning_rate", "0.01"]
+    more += ["--recipe", "openvla-lora" if lora else "openvla-full"]
+    more += ["--lora_r", "2"] if lora else []
+    assert main(command(base, robot, tmp_path / "whole", *more)) == 0
+    shutil.copytree(tmp_path / "whole/checkpoint-1", tmp_path / "parts/checkpoint-1")
+    assert main(command(base, robot, tmp_path / "parts", *more, "--resume_from_checkpoint", "true")) == 0
+    name = "adapter_model.safetensors" if lora else "model.safetensors"
+    whole, parts = load_file(tmp_path / "whole" / name), load_file(tmp_path / "parts" / name)
+    first = load_file(tmp_path / "whole/checkpoint-1" / name)
+    assert any(not torch.equal(whole[key], first[key]) for key in whole)
+    for key, value in whole.items():
+        torch.testing.assert_close(parts[key], value, msg=key)
+
+
+def test_weights_that_never_run_do_not_hold_up_several_processes(base, robot, tmp_path):
+    argv = command(base, robot, tmp_path / "out", "--recipe", "openvla-full", "--gradient_checkpointing")
+    done = launch(argv, processes=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((tmp_path / "out/action_metrics.json").read_text())["world_size"] == 2
 
 
 def test_oft_checkpoint_raises(robot):

@@ -50,6 +50,7 @@ class _Findings:
     tokens: Tokens | None = None
     datasets: dict[str, Dataset] = field(default_factory=dict)
     action_config: ActionConfig | None = None
+    stats: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def read_meaning(self, native: PreTrainedConfig | None, fallback: Source | None, oft: dict[str, Any]) -> bool:
         """Find action tokens and statistics where loading would; returns whether it is a policy at all.
@@ -70,6 +71,8 @@ class _Findings:
                 self.problems.append(f"{ACTION_CONFIG_FILE} is damaged ({type(error).__name__}: {error})")
             stats, spaces = values.get("norm_stats"), values.get("spaces") or {}
             self._read_stats(stats, spaces, None)
+            if native is not None and native.model_type == OPENVLA_TYPE and fallback is None:
+                self._compare_with_config()
             return True
         if native is None or native.model_type != OPENVLA_TYPE:
             return False
@@ -79,6 +82,11 @@ class _Findings:
             self.notes.append(f"statistics are those of {where}")
         self._read_stats(stats, {}, oft.get("normalization"))
         return True
+
+    def _compare_with_config(self) -> None:
+        unseen = sorted(set(self.stats) - set((self.source.json(CONFIG_FILE) or {}).get("norm_stats") or {}))
+        if unseen:
+            self.notes.append(f"norm_stats of {CONFIG_FILE} lacks {unseen}: the original's readers do not find them")
 
     def _openvla_stats(self, fallback: Source | None) -> tuple[Any, str | None]:
         for source in filter(None, (self.source, fallback)):
@@ -96,6 +104,7 @@ class _Findings:
             )
             return
         self.datasets, problems, notes = read_datasets(stats, spaces, mode)
+        self.stats = {key: entry for key, entry in stats.items() if self.datasets[key].problem is None}
         self.problems += problems
         self.notes += notes
 
@@ -276,6 +285,10 @@ def _check_oft(found: _Findings, oft: dict[str, Any], components: dict[str, str]
         found.problems.append(
             f"an OFT checkpoint that does not say its {missing}: name the preset that it was trained with when loading"
         )
+    if oft.get("mode") in ("l1", "diffusion"):
+        found.tokens = None  # its heads speak in numbers
+    if oft.get("proprio_dim") and found.stats and not any(entry.get("proprio") for entry in found.stats.values()):
+        found.problems.append("it reads the robot's state, and its statistics say nothing about states (proprio)")
     others = [key for key, data in found.datasets.items() if oft.get("dof") and data.dof not in (None, oft["dof"])]
     if others:
         found.notes.append(f"datasets of other than {oft['dof']} dimensions cannot be used: {others}")

@@ -14,6 +14,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from hf_vla_actions.config import ActionConfig
 from hf_vla_actions.errors import TrainingError
+from hf_vla_actions.models.families import OPENVLA_TYPE
 from hf_vla_actions.train.arguments import LoraArguments, VLATrainingArguments
 from hf_vla_actions.train.lora import add_lora, freeze_vision
 from hf_vla_actions.train.trainer import VLATrainer
@@ -61,6 +62,10 @@ def fine_tune(
         model = add_lora(policy, lora)
     elif args.freeze_vision:
         freeze_vision(policy)
+    if policy.config.model_type == OPENVLA_TYPE and args.ddp_find_unused_parameters is None:
+        # Some of its weights never run (a tower's last block, SigLIP's pooling), and without this several processes
+        # would wait for their gradients. Trainer turns it off where activations are checkpointed.
+        args.ddp_find_unused_parameters = True
     trainer = VLATrainer(
         model,
         args,
