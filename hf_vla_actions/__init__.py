@@ -41,7 +41,13 @@ if TYPE_CHECKING:
     from hf_vla_actions.config import ActionConfig
     from hf_vla_actions.decoding import TACOLogitsProcessor
     from hf_vla_actions.errors import InfeasibleConstraintError, VLAActionsError
-    from hf_vla_actions.models import ActionOutput, ActionPredictionMixin, AutoModelForActionPrediction, load_model, to_vla
+    from hf_vla_actions.models import (
+        ActionOutput,
+        ActionPredictionMixin,
+        AutoModelForActionPrediction,
+        load_model,
+        to_vla,
+    )
     from hf_vla_actions.models.openvla import (
         OpenVLAConfig,
         OpenVLAForActionPrediction,
