@@ -31,6 +31,13 @@ FLOORS = {
     "cli": 8,
 }
 FORBIDDEN = ("print(", "torch.load(", "pickle")
+# The parts of OpenVLA-OFT exist in this format only: one module reads them, and nothing but tensors.
+READS_TENSORS = {
+    "models/openvla/components.py": (
+        'torch.load(file, map_location="cpu", weights_only=True)',
+        "from pickle import UnpicklingError",
+    )
+}
 
 
 def room_of(file: Path) -> str:
@@ -72,6 +79,9 @@ def test_files_stay_small_and_clean(file):
     text = file.read_text()
     assert len(text.splitlines()) <= 400, "one noun a file"
     assert not any(isinstance(node, ast.Assert) for node in ast.walk(ast.parse(text))), "assert is for tests"
+    for allowed in READS_TENSORS.get(file.relative_to(PACKAGE).as_posix(), ()):
+        assert text.count(allowed) == 1, allowed
+        text = text.replace(allowed, "")
     for word in FORBIDDEN:
         assert word not in text, word
 

@@ -485,3 +485,81 @@ def test_no_dataset_of_the_right_size():
     model = og.tiny_model(oft=oft(normalization="bounds"))
     with pytest.raises(VLAActionsError, match=r"needs \['min', 'max'\]"):
         model.predict_action(**oft_batch())
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("images", [1, 3])
+def test_the_sequence_is_that_of_the_format(mode, images):
+    """BOS, pictures in order, state, (timestep), prompt with 29871, slots, stop; seen in both directions."""
+    model = tiny(mode, use_film=True, num_images=images)
+    inputs = oft_batch(rows=1, images=images)
+    seen = {}
+    tower = model.vision_backbone
+    handles = [
+        model.language_model.base_model.register_forward_pre_hook(
+            lambda module, args, kwargs: seen.update(kwargs), with_kwargs=True
+        ),
+        tower.register_forward_pre_hook(lambda module, args: seen.update(language=args[1])),
+    ]
+    extra = {"noise": torch.randn(1, 4, 7), "timesteps": torch.tensor([30])} if mode == "diffusion" else {}
+    proprio = inputs["proprio"].float()
+    with torch.no_grad():
+        states = model.predict_chunk(**{**inputs, "proprio": proprio}, **extra).slot_states
+        embed = model.get_input_embeddings()
+        ids = torch.cat([inputs["input_ids"], torch.tensor([[29871, 2]])], dim=1)
+        text = embed(ids)
+        language = text.mean(dim=1)
+        torch.testing.assert_close(seen["language"], language)
+        patches = [
+            model.get_image_features(inputs["pixel_values"][:, 6 * i : 6 * i + 6], language) for i in range(images)
+        ]
+        gelu = torch.nn.functional.gelu
+        project = model.proprio_projector
+        state = project.fc2(gelu(project.fc1(proprio)))[:, None]
+        parts = [text[:, :1], *patches, state]
+        empty = torch.zeros(1, 28, 32)
+        if mode == "diffusion":
+            frequencies = torch.exp(torch.arange(16) * (-np.log(10000) / 15))
+            parts.append(torch.cat([(30 * frequencies).sin(), (30 * frequencies).cos()])[None, None])
+            project = model.noisy_action_projector
+            empty = project.fc2(gelu(project.fc1(extra["noise"].reshape(1, 28, 1))))
+        expected = torch.cat([*parts, text[:, 1:-1], empty, text[:, -1:]], dim=1)
+        torch.testing.assert_close(seen["inputs_embeds"].float(), expected.float(), atol=1e-5, rtol=0)
+        # Written out: the same layers under a mask that hides nothing.
+        model.set_attn_implementation("eager")
+        n = expected.shape[1]
+        everything = torch.zeros(1, 1, n, n)
+        hidden = model.language_model.base_model(inputs_embeds=expected.float(), attention_mask=everything)[0]
+        first = n - 1 - 28 - 1
+        torch.testing.assert_close(states, hidden[:, first : first + 28], atol=2e-5, rtol=0)
+    for handle in handles:
+        handle.remove()
+
+
+def test_film_stands_between_attention_and_mlp():
+    block = tiny(use_film=True).vision_backbone.featurizer.blocks[1]
+    x, language = torch.randn(2, 21, 24), torch.randn(2, 32)
+    with torch.no_grad():
+        between = x + block.ls1(block.attn(block.norm1(x)))
+        between = between * (1 + block.scale(language)[:, None]) + block.shift(language)[:, None]
+        torch.testing.assert_close(block(x, language), between + block.ls2(block.mlp(block.norm2(between))))
+
+
+def test_heads_are_those_of_the_format():
+    from hf_vla_actions.models.openvla.heads import DiffusionHead, L1Head
+
+    torch.manual_seed(0)
+    head, slots = L1Head(6, 3), torch.randn(2, 12, 6)
+    for parameter in head.parameters():
+        torch.nn.init.normal_(parameter)
+    norm, net = torch.nn.functional.layer_norm, head.model
+    with torch.no_grad():
+        x = norm(slots.reshape(2, 4, 18), (18,), net.layer_norm1.weight, net.layer_norm1.bias, 1e-5)
+        x = net.fc1(x).relu()
+        for block in net.mlp_resnet_blocks:
+            x = x + block.ffn[1](norm(x, (6,), block.ffn[0].weight, block.ffn[0].bias, 1e-5)).relu()
+        expected = net.fc2(norm(x, (6,), net.layer_norm2.weight, net.layer_norm2.bias, 1e-5))
+        torch.testing.assert_close(head(slots), expected)
+        noise = DiffusionHead(6, 3)
+        noise.noise_predictor.mlp_resnet.load_state_dict(net.state_dict())
+        torch.testing.assert_close(noise(slots), expected)

@@ -7,17 +7,23 @@ has not imported it).
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
 from hf_vla_actions.models.openvla.configuration import OpenVLAConfig
+from hf_vla_actions.models.openvla.loading import load_oft, openvla_policy
 from hf_vla_actions.models.openvla.modeling import OpenVLAForActionPrediction, OpenVLAOutput
-from hf_vla_actions.models.openvla.policy import action_config_of, openvla_policy, read_statistics
+from hf_vla_actions.models.openvla.oft import OFTOutput
+from hf_vla_actions.models.openvla.oft_config import OFTOptions
+from hf_vla_actions.models.openvla.policy import action_config_of, read_statistics
 from hf_vla_actions.models.openvla.processing import PrismaticImageProcessor, PrismaticProcessor
 
 __all__ = [
+    "OFTOptions",
+    "OFTOutput",
     "OpenVLAConfig",
     "OpenVLAForActionPrediction",
     "OpenVLAOutput",
     "PrismaticImageProcessor",
     "PrismaticProcessor",
     "action_config_of",
+    "load_oft",
     "openvla_policy",
     "read_statistics",
 ]

@@ -1,7 +1,7 @@
 """Constants of OpenVLA-OFT (arXiv 2502.19645): what its original chose from the text of the command line.
 
 Here they are saved with the checkpoint (`oft` in `config.json`). Source of the presets: moojink/openvla-oft,
-`prismatic/vla/constants.py`; numbers of pictures: its LIBERO.md and ALOHA.md.
+`prismatic/vla/constants.py`; numbers of pictures and FiLM: its LIBERO.md and ALOHA.md.
 """
 
 from __future__ import annotations
@@ -23,7 +23,14 @@ MAX_IMAGES = 3
 EPSILON = 1e-8  # the original divides by high - low + 1e-8, and multiplies by it again
 PRESETS: dict[str, dict[str, Any]] = {
     "libero": {"horizon": 8, "dof": 7, "proprio_dim": 8, "normalization": "bounds_q99", "num_images": 2},
-    "aloha": {"horizon": 25, "dof": 14, "proprio_dim": 14, "normalization": "bounds", "num_images": 3},
+    "aloha": {
+        "horizon": 25,
+        "dof": 14,
+        "proprio_dim": 14,
+        "normalization": "bounds",
+        "num_images": 3,
+        "use_film": True,
+    },
     "bridge": {"horizon": 5, "dof": 7, "proprio_dim": 7, "normalization": "bounds_q99"},
 }
 

@@ -11,7 +11,7 @@ import torch
 from hf_vla_actions.actions import ActionStats
 from hf_vla_actions.constraints import bind
 from hf_vla_actions.decoding import TACOLogitsProcessor
-from hf_vla_actions.errors import SelfTestError, VLAActionsError
+from hf_vla_actions.errors import CheckpointError, SelfTestError, VLAActionsError
 from hf_vla_actions.models.mixin import MODES
 from hf_vla_actions.models.openvla.oft import OFTForward
 from hf_vla_actions.models.openvla.oft_config import OFTOptions
@@ -92,6 +92,7 @@ class OFTPolicyMixin(OFTForward, OpenVLAPolicyMixin):
             VLAActionsError: pictures, proprio or options that do not fit the policy.
         """
         if self.config.oft is None:
+            self._check_parts()
             given = {"pixel_values": pixel_values, "constraints": constraints, "context": context, "mode": mode}
             if proprio is not None or noise is not None or not normalize_proprio:
                 raise VLAActionsError("proprio and noise are for OFT policies; this model's config has no `oft`")
@@ -227,7 +228,24 @@ class OFTPolicyMixin(OFTForward, OpenVLAPolicyMixin):
         """As in Transformers; refused for an OFT policy, which was trained to see all tokens at once."""
         if self.config.oft is not None:
             raise VLAActionsError("an OFT policy predicts a whole chunk in one pass: use predict_action or forward")
+        self._check_parts()
         return super().generate(*args, **kwargs)
+
+    def attach(self, processor, action_config=None):
+        """See `OpenVLAPolicyMixin.attach`; another horizon than that of an OFT policy raises."""
+        options = self.config.oft_options
+        if action_config is not None and options is not None and action_config.horizon != options.horizon:
+            raise VLAActionsError(
+                f"the policy predicts {options.horizon} actions at once, the action config says {action_config.horizon}"
+            )
+        return super().attach(processor, action_config)
+
+    def _check_parts(self) -> None:
+        if self._loose_parts:
+            raise CheckpointError(
+                f"this is half an OFT policy: its parts {list(self._loose_parts)} lie beside the checkpoint and were not "
+                "loaded. load_oft(path, preset) of hf_vla_actions.models.openvla loads all of it"
+            )
 
     def check_sees_image(self, instruction: str = SENTENCE) -> float:
         """Raise SelfTestError unless black, white and noise pictures change the prediction; returns the change."""

@@ -13,11 +13,11 @@ import torch
 from transformers.utils import cached_file
 
 from hf_vla_actions.actions import NormStats
-from hf_vla_actions.config import FILE_NAME as ACTION_CONFIG_FILE
 from hf_vla_actions.config import ActionConfig
 from hf_vla_actions.errors import CheckpointError, VLAActionsError
 from hf_vla_actions.models.families import OPENVLA, TEXT_ONLY, ModelFamily
 from hf_vla_actions.models.mixin import ActionPredictionMixin
+from hf_vla_actions.models.openvla.components import find_components
 from hf_vla_actions.models.openvla.configuration import OpenVLAConfig
 from hf_vla_actions.models.openvla.oft_config import oft_statistics
 from hf_vla_actions.models.output import ActionOutput
@@ -125,6 +125,7 @@ class OpenVLAPolicyMixin(ActionPredictionMixin):
     processor: Any = None
     prompts: Any = NoProcessor()
     _action_config: ActionConfig | None = None
+    _loose_parts: tuple[str, ...] = ()
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
@@ -140,8 +141,11 @@ class OpenVLAPolicyMixin(ActionPredictionMixin):
         stats = read_statistics(adapter or pretrained_model_name_or_path, **hub)
         if stats is None and adapter is not None:
             stats = read_statistics(pretrained_model_name_or_path)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
         if stats is not None:
-            (loaded[0] if isinstance(loaded, tuple) else loaded).norm_stats = stats
+            model.norm_stats = stats
+        if model.config.oft is None and Path(pretrained_model_name_or_path).is_dir():
+            model._loose_parts = tuple(find_components(pretrained_model_name_or_path))
         return loaded
 
     def load_adapter(self, *args, **kwargs):
@@ -162,7 +166,7 @@ class OpenVLAPolicyMixin(ActionPredictionMixin):
         return self._action_config
 
     @action_config.setter
-    def action_config(self, value: ActionConfig) -> None:
+    def action_config(self, value: ActionConfig | None) -> None:
         self._action_config = value
 
     @property
@@ -251,31 +255,6 @@ class OpenVLAPolicyMixin(ActionPredictionMixin):
         return super().save_pretrained(save_directory, **kwargs)
 
 
-def openvla_policy(model, processor, path: str | os.PathLike, config: ActionConfig | None = None, **hub: Any):
-    """Make a policy of a loaded OpenVLA model.
-
-    Args:
-        model: OpenVLAForActionPrediction.
-        processor: its PrismaticProcessor.
-        path: the checkpoint, or the adapter that is to be put on it: whose statistics count.
-        config: instead of what the checkpoint says: its `action_config.json` if this package has saved it, else its
-            `dataset_statistics.json`, else `norm_stats` of its `config.json`.
-        hub: `revision`, `token`, `cache_dir`, ... of the repository.
-
-    Returns:
-        The model, with its processor attached.
-    """
-    if config is None:
-        file = _file(path, ACTION_CONFIG_FILE, **hub)
-        if file is not None:
-            config = ActionConfig.from_pretrained(path, **hub)
-        else:
-            stats = read_statistics(path, **hub)
-            if stats is not None:
-                model.norm_stats = stats
-    return model.attach(processor, config)
-
-
 def close_prompt(
     input_ids: torch.Tensor, attention_mask: torch.Tensor | None, pad_token_id: int
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -308,7 +287,7 @@ def close_prompt(
 
 def read_statistics(path: str | os.PathLike, **hub_arguments: Any) -> dict[str, Any] | None:
     """Content of `dataset_statistics.json` of a fine-tuned checkpoint or adapter; None if it has none."""
-    file = _file(path, STATISTICS_FILE, **hub_arguments)
+    file = local_file(path, STATISTICS_FILE, **hub_arguments)
     if file is None:
         return None
     # Checked here, kept as it stands: what the file says beyond the actions is saved again.
@@ -316,7 +295,7 @@ def read_statistics(path: str | os.PathLike, **hub_arguments: Any) -> dict[str, 
     return json.loads(file.read_text(encoding="utf-8"))
 
 
-def _file(path: str | os.PathLike, name: str, **hub_arguments: Any) -> Path | None:
+def local_file(path: str | os.PathLike, name: str, **hub_arguments: Any) -> Path | None:
     """A file of a folder or of a repository of the Hub; None if it has none of that name."""
     if Path(path).is_dir():
         file = Path(path) / name
