@@ -6,6 +6,7 @@ from pathlib import Path
 
 import matrix
 import numpy as np
+import openvla_golden as og
 import pytest
 from PIL import Image
 from tiny import picture, save_native_llava, sharpen, tiny_llava
@@ -35,11 +36,14 @@ def place(tmp_path_factory):
 def test_python_blocks_run_one_after_the_other(place, monkeypatch):
     monkeypatch.chdir(place)
     names = {}
+    golden = og.load("golden_openvla.json")
+    openvla = og.write_hub_folder(place / "openvla", golden["config"], og.tensors(golden))
     # The refusal is tested on its own; the last block needs a model of the Hub, here a local one of the same type.
     for block in blocks("python"):
         if ">>>" in block:
             continue
         block = block.replace('"llava-hf/llava-1.5-7b-hf"', f'"{save_native_llava(place / "base")}"')
+        block = block.replace('"openvla/openvla-7b"', f'"{openvla}"')
         exec(compile(block, "README.md", "exec"), names)
         if "normalized" in names and "policy" not in names:
             assert names["actions"].shape == (1, 7)
@@ -48,6 +52,7 @@ def test_python_blocks_run_one_after_the_other(place, monkeypatch):
     assert names["actions"].shape == (1, 1, 7)
     obs = {"images": picture(1), "instruction": "move to the red block"}
     assert abs(names["policy"](obs)[2]) <= 0.01
+    assert names["action"].shape == (7,)
     assert names["vla"].action_config.space().names == ("x", "y", "gripper")
 
 
