@@ -187,6 +187,25 @@ def test_the_state_is_normalized_as_in_the_original(normalization):
     np.testing.assert_allclose(out.actions, expected, rtol=0, atol=1e-14)
 
 
+@pytest.mark.parametrize("normalization", ["bounds_q99", "bounds"])
+def test_a_number_that_never_moved_follows_the_formula_too(normalization):
+    model = tiny(normalization=normalization)
+    stats = model.norm_stats
+    for values in (stats["arm_7"]["action"], stats["arm_7"]["proprio"]):
+        for name in ("q01", "q99", "min", "max"):
+            values[name] = [0.0, *values[name][1:]]
+    model.norm_stats = stats
+    inputs = oft_batch(rows=1) | {"proprio": np.array([0.0, 2.0, 2.5])}
+    low = stats["arm_7"]["proprio"]["q01" if normalization == "bounds_q99" else "min"]
+    high = stats["arm_7"]["proprio"]["q99" if normalization == "bounds_q99" else "max"]
+    state = np.clip(2 * (inputs["proprio"] - low) / (np.array(high) - low + 1e-8) - 1, -1, 1)
+    assert state[0] == -1
+    out = model.predict_action(**inputs, unnorm_key="arm_7", return_dict=True)
+    given = {**inputs, "proprio": state, "normalize_proprio": False}
+    np.testing.assert_allclose(model.predict_action(**given, unnorm_key="arm_7"), out.actions[0], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(out.actions[..., 0], 0.5 * (out.normalized[..., 0] + 1) * 1e-8, rtol=1e-6)
+
+
 def test_the_tokens_are_the_best_action_tokens():
     model = tiny("discrete")
     with torch.no_grad():

@@ -167,5 +167,9 @@ def _widened(values: Mapping[str, Any], normalization: str, where: str) -> Actio
     missing = [name for name in (low, high) if values.get(name) is None]
     if missing:
         raise StatsError(f"{where}: normalization {normalization!r} needs {missing}, there are {sorted(values)}")
-    wide = (np.asarray(values[high], dtype=np.float64) + EPSILON).tolist()
-    return ActionStats.from_dict({**values, high: wide, "mode": normalization})
+    wide = {high: (np.asarray(values[high], dtype=np.float64) + EPSILON).tolist()}
+    if high != "max" and values.get("min") is not None and values.get("max") is not None:
+        # A dimension that never moved (a padded state) has no rule of its own here: the formula makes -1 of it.
+        least, most = (np.asarray(values[name], dtype=np.float64) for name in ("min", "max"))
+        wide["max"] = np.where(least == most, most + EPSILON, most).tolist()
+    return ActionStats.from_dict({**values, **wide, "mode": normalization})
