@@ -64,8 +64,10 @@ def openvla_policy(
             stats = read_statistics(path, **hub)
             if stats is not None:
                 model.norm_stats = stats
+    constants = {"preset": oft} if isinstance(oft, str) else dict(oft or {})
+    if model.config.oft is not None and any(value is not None for value in constants.values()):
+        raise CheckpointError(f"{path!s} says itself what it is: {model.config.oft}; leave out preset and constants")
     if model.config.oft is None:
-        constants = {"preset": oft} if isinstance(oft, str) else dict(oft or {})
         files = find_components(path, **hub)
         if "vision_backbone" in files and local_file(path, "adapter_config.json", **hub) is not None:
             raise CheckpointError(
@@ -111,8 +113,6 @@ def load_oft(path: str | os.PathLike, preset: str | None = None, *, self_test: b
         config.oft = None
     elif config.oft is None:
         raise CheckpointError(f"{path!r} is no OFT policy: no part of one lies there, and its config has no `oft`")
-    elif preset is not None or constants:
-        raise CheckpointError(f"{path!r} says itself what it is: {config.oft}; leave out preset and constants")
     model, processor = load_model(path, config=config, **kwargs)
     policy = openvla_policy(model, processor, path, oft={"preset": preset, **constants}, **hub).eval()
     if self_test:
