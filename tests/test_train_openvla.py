@@ -9,12 +9,12 @@ import numpy as np
 import openvla_golden as og
 import pytest
 import torch
-from peft import get_peft_model_state_dict
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from test_train import SEVEN, arguments, launch, write_dataset
 from tiny import NAMES, picture, save_native_llava
 
-from hf_vla_actions import AutoModelForActionPrediction, NormStats, OpenVLAForActionPrediction
+from hf_vla_actions import AutoModelForActionPrediction, NormStats, OpenVLAConfig, OpenVLAForActionPrediction
 from hf_vla_actions.data import ChunkDataset, LeRobotDataset
 from hf_vla_actions.errors import CheckpointError, TrainingError
 from hf_vla_actions.models import load_model
@@ -294,6 +294,17 @@ def test_recipe_adapts_what_the_original_did():
     assert 0.8 < float(down.std()) * 4 < 1.2, "gaussian: standard deviation 1 / r"
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     assert all("lora_" in name for name in trained), "no rows beside the adapter"
+
+
+def test_recipe_at_full_size_trains_as_many_numbers_as_the_original_reports():
+    """finetune.py on openvla-7b logs "trainable params: 110,828,288 || all params: 7,652,065,472"; 878 tensors."""
+    recipe = RECIPES["openvla-lora"]
+    lora = LoraConfig(r=recipe.lora_r, lora_alpha=recipe.lora_alpha, target_modules=list(recipe.lora_target_modules))
+    with torch.device("meta"):
+        model = OpenVLAForActionPrediction(OpenVLAConfig())
+    model = get_peft_model(model, lora, low_cpu_mem_usage=True)
+    assert model.get_nb_trainable_parameters() == (110_828_288, 7_652_065_472)
+    assert len(get_peft_model_state_dict(model, save_embedding_layers=False)) == 878
 
 
 def test_users_options_win_and_are_logged(base, robot, tmp_path, caplog, monkeypatch):
