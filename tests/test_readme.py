@@ -13,8 +13,10 @@ from tiny import picture, save_native_llava, sharpen, tiny_llava
 from transformers import HfArgumentParser
 
 from hf_vla_actions.cli import COMMANDS
+from hf_vla_actions.hub.inspect import parser as inspect_parser
 from hf_vla_actions.models.predict import parser as predict_parser
 from hf_vla_actions.train.arguments import DataArguments, LoraArguments, ModelArguments, VLATrainingArguments
+from hf_vla_actions.train.recipes import RECIPES
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -91,6 +93,13 @@ def test_predict_command_has_options_that_exist():
 
     (line,) = [line for line in commands() if line.startswith("hf-vla predict")]
     assert predict_parser().parse_args(shlex.split(line)[2:]).step == 3
+
+
+def test_inspect_command_and_recipes_exist():
+    (line,) = [line for line in commands() if line.startswith("hf-vla inspect")]
+    assert inspect_parser().parse_args(line.split()[2:]).checkpoint == "openvla/openvla-7b"
+    shown = set(re.findall(r"--recipe ([a-z-]+)", README))
+    assert shown == set(RECIPES)
 
 
 def test_set_up_is_two_lines_and_ci_runs_the_second():

@@ -110,3 +110,11 @@ def test_vision_is_left_out_by_its_own_names(family):
     trained = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
     assert any("lora_A" in name for name in trained)
     assert all(any(part in name for part in text) for name in trained)
+
+
+def test_layer_that_only_sounds_like_vision_learns():
+    policy = make("qwen2_vl", "append")
+    policy.model.language_model.layers[0].mlp.visual_gate = torch.nn.Linear(4, 4)
+    adapted = add_lora(policy, LoraArguments(lora_r=2))
+    assert any("visual_gate.lora_A" in name for name, _ in adapted.named_parameters())
+    assert not any(".visual." in name and "lora" in name for name, _ in adapted.named_parameters())

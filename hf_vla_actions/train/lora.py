@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from hf_vla_actions.errors import TrainingError
+from hf_vla_actions.models.adapter import save_whole_adapter
 from hf_vla_actions.models.families import family_of
 from hf_vla_actions.train.arguments import LoraArguments
 
@@ -37,7 +38,7 @@ def add_lora(policy, args: LoraArguments) -> Any:
             f"{twice} would get an adapter and have the rows of the action tokens trained too: pass --lora_action_rows "
             "false, or leave them out of --lora_target_modules"
         )
-    exclude = rf".*({'|'.join(vision)}).*" if vision and not args.lora_vision else None
+    exclude = rf"(.*\.)?({'|'.join(vision)})(\..*)?" if vision and not args.lora_vision else None
     try:
         config = LoraConfig(
             r=args.lora_r,
@@ -48,7 +49,7 @@ def add_lora(policy, args: LoraArguments) -> Any:
             trainable_token_indices=rows,
             init_lora_weights=args.lora_init or True,  # type: ignore[arg-type]
         )
-        return get_peft_model(policy, config)
+        return save_whole_adapter(get_peft_model(policy, config))
     except ValueError as error:
         raise TrainingError(f"no LoRA adapter can be made: {error}") from None
 
