@@ -28,6 +28,7 @@ _HOME = {
     "OpenVLAForActionPrediction": "models.openvla",
     "PrismaticImageProcessor": "models.openvla",
     "PrismaticProcessor": "models.openvla",
+    "load_oft": "models.openvla",
     "InfeasibleConstraintError": "errors",
     "VLAActionsError": "errors",
 }
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
         OpenVLAForActionPrediction,
         PrismaticImageProcessor,
         PrismaticProcessor,
+        load_oft,
     )
     from hf_vla_actions.tokenizers import ActionVocabulary, UniformActionTokenizer
 

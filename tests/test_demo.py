@@ -24,7 +24,7 @@ def test_the_whole_path_runs_and_limits_hold_whatever_was_learned(tmp_path):
     bound = [row for name, row in rows.items() if name.startswith("limits")]
     assert len(bound) == 3
     assert all(row["violations"] == 0 for row in bound)
-    assert rows["free"]["violations"] > 0
+    assert rows["random actions"]["violations"] > 0, "limits that nobody would break prove nothing"
     assert {"picture blanked", "instruction swapped", "random actions"} < set(rows)
     assert "limits kept by 'transport'" in text
     assert "came back as it was" in text

@@ -6,10 +6,13 @@ import numpy as np
 import openvla_golden as og
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from test_openvla_oft import calm, oft, oft_batch, picture, tiny
+from tiny import tiny_llama
 
 from hf_vla_actions import AutoModelForActionPrediction, OpenVLAForActionPrediction
+from hf_vla_actions.cli import main
 from hf_vla_actions.errors import CheckpointError, VLAActionsError
 from hf_vla_actions.models import load_model
 from hf_vla_actions.models.openvla import load_oft, openvla_policy
@@ -318,3 +321,36 @@ def test_the_options_of_the_tests_are_what_they_seem():
         "diffusion_train_steps": 50,
         "diffusion_steps": None,
     }
+
+
+def test_loader_of_policies_takes_the_constants_and_the_command_too(l1, l1_folder, tmp_path, capsys):
+    with pytest.raises(CheckpointError, match="libero"):
+        AutoModelForActionPrediction.from_pretrained(l1_folder)
+    policy = AutoModelForActionPrediction.from_pretrained(l1_folder, oft=SAID)
+    inputs = oft_batch()
+    np.testing.assert_array_equal(
+        policy.predict_action(**inputs, unnorm_key="arm_7"), l1[0].predict_action(**inputs, unnorm_key="arm_7")
+    )
+    policy.save_pretrained(tmp_path / "whole")
+    for name in ("a.png", "b.png"):
+        Image.fromarray(picture(0)).save(tmp_path / name)
+    argv = [
+        "predict",
+        "--policy",
+        str(tmp_path / "whole"),
+        "--image",
+        str(tmp_path / "a.png"),
+        str(tmp_path / "b.png"),
+    ]
+    argv += ["--instruction", "go", "--unnorm_key", "arm_7"]
+    assert main(argv) == 2
+    assert "robot's state" in capsys.readouterr().err
+    state = ["0.1"] * l1[0].config.oft["proprio_dim"]
+    assert main([*argv, "--proprio", *state, "--constraints", "Range(dim_0, -0.001, 0.001)"]) == 0
+    assert capsys.readouterr().out.count("dim_0") == 4 + 1, "four steps, and the constraint"
+
+
+def test_constants_for_a_policy_that_needs_none_raise(tmp_path):
+    tiny_llama().save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="leave oft='libero' out"):
+        AutoModelForActionPrediction.from_pretrained(tmp_path, oft="libero")

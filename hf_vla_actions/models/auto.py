@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,13 @@ class AutoModelForActionPrediction:
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, *, config: ActionConfig | None = None, self_test: bool = True, **kwargs: Any
+        cls,
+        path: str | Path,
+        *,
+        config: ActionConfig | None = None,
+        self_test: bool = True,
+        oft: str | Mapping[str, Any] | None = None,
+        **kwargs: Any,
     ):
         """Load a policy: a full checkpoint or a LoRA adapter, from a folder or from the Hub.
 
@@ -44,6 +51,8 @@ class AutoModelForActionPrediction:
             path: folder or repository id.
             config: instead of the checkpoint's own `action_config.json`.
             self_test: check once that pictures and instructions change the actions (a few forward passes).
+            oft: constants of an OpenVLA-OFT checkpoint of the original, which does not say them: a preset ("libero",
+                "aloha", "bridge") or a mapping; see `models.openvla.load_oft`.
             kwargs: passed on to the model's `from_pretrained` (`dtype`, `device_map`, `revision`, ...).
 
         Returns:
@@ -76,7 +85,7 @@ class AutoModelForActionPrediction:
         model, processor = load_model(source, **options)
         if adapter is not None and config is not None:
             processor = load_processor(path, model.config, **hub)
-        policy = as_policy(model, processor, path, config, hub)
+        policy = as_policy(model, processor, path, config, hub, oft)
         loaded = policy.eval() if adapter is None else load_adapter(policy, path, **hub).eval()
         if self_test:
             policy.self_test()
@@ -141,12 +150,14 @@ def load_action_config(path: str | Path, **hub: Any) -> ActionConfig:
     return config
 
 
-def as_policy(model, processor, path: str, config: ActionConfig | None, hub: dict[str, Any]) -> Any:
+def as_policy(model, processor, path: str, config: ActionConfig | None, hub: dict[str, Any], oft=None) -> Any:
     """A loaded model as a policy; without a config it is a checkpoint of the original OpenVLA, which holds its own."""
     if config is None:
         from hf_vla_actions.models.openvla import openvla_policy
 
-        return openvla_policy(model, processor, path, **hub)
+        return openvla_policy(model, processor, path, oft=oft, **hub)
+    if oft is not None:
+        raise CheckpointError(f"{path} is no OpenVLA-OFT checkpoint of the original: leave oft={oft!r} out")
     return to_vla(model, processor, config)
 
 

@@ -38,6 +38,8 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--action_key", default="action", help="column of the actions (default: %(default)s)")
     options.add_argument("--image", nargs="+", help="picture files instead of a dataset, one a camera")
     options.add_argument("--instruction", help="what to do; needed with --image (default: that of the episode)")
+    options.add_argument("--proprio", type=float, nargs="+", help="the robot's state, if the policy reads it")
+    options.add_argument("--oft", help="preset of an OpenVLA-OFT checkpoint that does not say its own (libero, ...)")
     options.add_argument("--unnorm_key", help="which statistics; may be left out if the policy has one")
     options.add_argument("--constraints", help="in real units, such as 'Range(x, -0.005, 0.005); Fix(gripper, open)'")
     options.add_argument("--mode", choices=MODES, default="project", help="how they are kept (default: %(default)s)")
@@ -57,10 +59,12 @@ def main(argv: list[str] | None = None) -> int:
     config = load_action_config(args.policy)
     images, instruction, demonstrated = _frame(args, config)
     key = config.resolve(args.unnorm_key)
-    policy = AutoModelForActionPrediction.from_pretrained(args.policy, self_test=False).to(args.device)
+    policy = AutoModelForActionPrediction.from_pretrained(args.policy, self_test=False, oft=args.oft)
+    policy = policy.to(args.device)
     if not args.no_self_test:
         policy.self_test()  # where it will run: on a CPU a large model would take minutes
-    inputs = policy.prepare(images if policy.prompts.family.takes_images else None, instruction)
+    config = policy.action_config  # parts of OpenVLA-OFT beside a checkpoint make its chunks longer
+    inputs = policy.prepare(images if policy.prompts.family.takes_images else None, instruction, proprio=args.proprio)
     wanted: dict[str, dict[str, Any]] = {"free": {}}
     if constraints is not None:
         wanted[args.mode] = {"constraints": constraints, "mode": args.mode}
