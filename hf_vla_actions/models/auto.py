@@ -7,23 +7,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    AutoTokenizer,
-    PreTrainedConfig,
-    ProcessorMixin,
-)
+from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import cached_file
 
 from hf_vla_actions.config import FILE_NAME as ACTION_CONFIG
 from hf_vla_actions.config import ActionConfig, check_source
 from hf_vla_actions.errors import CheckpointError
 from hf_vla_actions.models.adapter import base_of, load_adapter
-from hf_vla_actions.models.families import OPENVLA_TYPE, family_of
-from hf_vla_actions.models.pil_processors import load_pil_processor, needs_pil_processor
+from hf_vla_actions.models.families import OPENVLA_TYPE
+from hf_vla_actions.models.native import hub_arguments, load_model, load_processor
 from hf_vla_actions.models.wrap import to_vla
 
 ADAPTER_FILE = "adapter_config.json"
@@ -92,43 +84,6 @@ class AutoModelForActionPrediction:
         return loaded
 
 
-def load_model(path: str, **kwargs: Any) -> tuple[Any, Any]:
-    """Load a native model with its processor (for a text-only model its tokenizer); incomplete weights raise."""
-    check_source(path)
-    if kwargs.pop("output_loading_info", False):
-        raise CheckpointError("there is no loading info to return: a key that is missing or unexpected raises here")
-    try:
-        config = kwargs.get("config") or AutoConfig.from_pretrained(path, **hub_arguments(kwargs))
-        family = family_of(config)
-        auto: Any = AutoModelForImageTextToText if family.takes_images else AutoModelForCausalLM
-        model, info = auto.from_pretrained(path, output_loading_info=True, **kwargs)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"no model to be had from {path!r}: {str(error).splitlines()[0]}") from error
-    problems = {name: sorted(map(str, info[name])) for name in ("missing_keys", "unexpected_keys", "mismatched_keys")}
-    if any(problems.values()):
-        summary = "; ".join(f"{name}: {len(keys)} ({keys[:2]})" for name, keys in problems.items() if keys)
-        raise CheckpointError(f"the weights in {path!r} do not fit a {type(model).__name__}: {summary}")
-    return model, load_processor(path, config, **hub_arguments(kwargs))
-
-
-def load_processor(path: str, config, **hub_options: Any):
-    """Load the processor of a vision model, or the tokenizer of a text-only one."""
-    takes_images = family_of(config).takes_images
-    if needs_pil_processor(config.model_type):
-        return load_pil_processor(path, config, **hub_options)
-    try:
-        processor = (AutoProcessor if takes_images else AutoTokenizer).from_pretrained(path, **hub_options)
-    except (OSError, ValueError) as error:
-        what = "processor" if takes_images else "tokenizer"
-        raise CheckpointError(f"no {what} to be had from {path!r}: {str(error).splitlines()[0]}") from None
-    if not takes_images:
-        return processor
-    if not isinstance(processor, ProcessorMixin):
-        # AutoProcessor falls back to a bare tokenizer when files are missing, and pictures would be ignored.
-        raise CheckpointError(f"{path!r} has no complete processor, only a {type(processor).__name__}")
-    return processor
-
-
 def load_action_config(path: str | Path, **hub: Any) -> ActionConfig:
     """What the tokens of a policy mean, without its weights; also of a checkpoint or adapter of the original OpenVLA.
 
@@ -169,12 +124,6 @@ def _action_config(path: str, base: str, hub: dict[str, Any]) -> ActionConfig | 
         if native.get("model_type") == OPENVLA_TYPE:
             return None
     return ActionConfig.from_pretrained(path, **hub)
-
-
-def hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Those of some keyword arguments that say where on the Hub to look."""
-    names = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "force_download")
-    return {name: kwargs[name] for name in names if name in kwargs}
 
 
 def _adapter_config(path: str, kwargs: dict[str, Any]) -> dict[str, Any] | None:

@@ -14,10 +14,10 @@ from transformers import LogitsProcessorList
 from hf_vla_actions.config import ActionConfig
 from hf_vla_actions.decoding import TACOLogitsProcessor
 from hf_vla_actions.errors import VLAActionsError
+from hf_vla_actions.models.checks import SENTENCE, SENTENCES, check_reads_instruction, check_sees_image
 from hf_vla_actions.models.generation import MODES, RESERVED, check_generation, log_prob, neutral
 from hf_vla_actions.models.output import ActionOutput
 from hf_vla_actions.models.prompts import PromptBuilder
-from hf_vla_actions.models.self_test import SENTENCE, SENTENCES, check_reads_instruction, check_sees_image
 from hf_vla_actions.models.shim import remove_shim, shim_in_config, write_shim
 from hf_vla_actions.runtime import ChunkPolicy
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from hf_vla_actions.config import ActionConfig
-from hf_vla_actions.models.auto import hub_arguments, load_model
+from hf_vla_actions.models.native import hub_arguments, load_model
 from hf_vla_actions.models.wrap import to_vla
 
 

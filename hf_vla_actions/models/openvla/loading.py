@@ -10,6 +10,7 @@ from typing import Any
 from hf_vla_actions.config import FILE_NAME as ACTION_CONFIG_FILE
 from hf_vla_actions.config import ActionConfig
 from hf_vla_actions.errors import CheckpointError
+from hf_vla_actions.models.native import load_model
 from hf_vla_actions.models.openvla.components import Tensors, find_components, read_component
 from hf_vla_actions.models.openvla.oft import install_oft
 from hf_vla_actions.models.openvla.oft_config import OFTOptions, preset_values
@@ -100,8 +101,6 @@ def load_oft(path: str | os.PathLike, preset: str | None = None, *, self_test: b
         SelfTestError: the policy ignores its picture or its instruction.
     """
     from transformers import AutoConfig
-
-    from hf_vla_actions.models.auto import load_model  # loads what is here, by way of the Auto classes
 
     path = str(path)
     constants = {name: kwargs.pop(name) for name in CONSTANTS if name in kwargs}

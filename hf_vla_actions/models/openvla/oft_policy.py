@@ -12,12 +12,12 @@ from hf_vla_actions.actions import ActionStats
 from hf_vla_actions.constraints import bind
 from hf_vla_actions.decoding import TACOLogitsProcessor
 from hf_vla_actions.errors import CheckpointError, SelfTestError, VLAActionsError
+from hf_vla_actions.models.checks import NOISE_FACTOR, RELATIVE_CHANGE, SENTENCE, SENTENCES, SIZE
 from hf_vla_actions.models.mixin import MODES
 from hf_vla_actions.models.openvla.oft import OFTForward
 from hf_vla_actions.models.openvla.oft_config import OFTOptions
 from hf_vla_actions.models.openvla.policy import OpenVLAPolicyMixin
 from hf_vla_actions.models.output import ActionOutput
-from hf_vla_actions.models.self_test import NOISE_FACTOR, RELATIVE_CHANGE, SENTENCE, SENTENCES, SIZE
 from hf_vla_actions.runtime import ChunkPolicy
 
 

@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache
 
 from hf_vla_actions import AutoModelForActionPrediction, VLAActionsError
 from hf_vla_actions.errors import CheckpointError, SelfTestError
-from hf_vla_actions.models import self_test
+from hf_vla_actions.models import checks
 
 
 def break_forward(policy, change):
@@ -149,15 +149,15 @@ def test_what_counts_as_a_change(monkeypatch, change, noise, passes):
     logits = np.ones((3, 2, 4))  # two different rows, the first once more
     logits[1, :, 0] += change
     logits[2, :, 1] += noise
-    monkeypatch.setattr(self_test, "_logits", lambda *_: logits)
-    found, where = self_test._smallest_change(None, None, ["a", "b"], ["one", "two"])
+    monkeypatch.setattr(checks, "_logits", lambda *_: logits)
+    found, where = checks._smallest_change(None, None, ["a", "b"], ["one", "two"])
     assert found == pytest.approx(change, abs=1e-12)
     assert (where is None) == passes
 
 
 def test_model_that_forgets_in_its_third_step_raises():
     policy = sharpen(tiny_llava())
-    length = policy.prepare(np.zeros((224, 224, 3), dtype=np.uint8), self_test.SENTENCE)["input_ids"].shape[1]
+    length = policy.prepare(np.zeros((224, 224, 3), dtype=np.uint8), checks.SENTENCE)["input_ids"].shape[1]
 
     def forget(kwargs):
         cache = kwargs.get("past_key_values")

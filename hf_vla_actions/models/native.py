@@ -1,0 +1,62 @@
+"""Loads a native model with its processor, completely or not at all."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    ProcessorMixin,
+)
+
+from hf_vla_actions.config import check_source
+from hf_vla_actions.errors import CheckpointError
+from hf_vla_actions.models.families import family_of
+from hf_vla_actions.models.pil_processors import load_pil_processor, needs_pil_processor
+
+
+def load_model(path: str, **kwargs: Any) -> tuple[Any, Any]:
+    """Load a native model with its processor (for a text-only model its tokenizer); incomplete weights raise."""
+    check_source(path)
+    if kwargs.pop("output_loading_info", False):
+        raise CheckpointError("there is no loading info to return: a key that is missing or unexpected raises here")
+    try:
+        config = kwargs.get("config") or AutoConfig.from_pretrained(path, **hub_arguments(kwargs))
+        family = family_of(config)
+        auto: Any = AutoModelForImageTextToText if family.takes_images else AutoModelForCausalLM
+        model, info = auto.from_pretrained(path, output_loading_info=True, **kwargs)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"no model to be had from {path!r}: {str(error).splitlines()[0]}") from error
+    problems = {name: sorted(map(str, info[name])) for name in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+    if any(problems.values()):
+        summary = "; ".join(f"{name}: {len(keys)} ({keys[:2]})" for name, keys in problems.items() if keys)
+        raise CheckpointError(f"the weights in {path!r} do not fit a {type(model).__name__}: {summary}")
+    return model, load_processor(path, config, **hub_arguments(kwargs))
+
+
+def load_processor(path: str, config, **hub_options: Any):
+    """Load the processor of a vision model, or the tokenizer of a text-only one."""
+    takes_images = family_of(config).takes_images
+    if needs_pil_processor(config.model_type):
+        return load_pil_processor(path, config, **hub_options)
+    try:
+        processor = (AutoProcessor if takes_images else AutoTokenizer).from_pretrained(path, **hub_options)
+    except (OSError, ValueError) as error:
+        what = "processor" if takes_images else "tokenizer"
+        raise CheckpointError(f"no {what} to be had from {path!r}: {str(error).splitlines()[0]}") from None
+    if not takes_images:
+        return processor
+    if not isinstance(processor, ProcessorMixin):
+        # AutoProcessor falls back to a bare tokenizer when files are missing, and pictures would be ignored.
+        raise CheckpointError(f"{path!r} has no complete processor, only a {type(processor).__name__}")
+    return processor
+
+
+def hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Those of some keyword arguments that say where on the Hub to look."""
+    names = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "force_download")
+    return {name: kwargs[name] for name in names if name in kwargs}
