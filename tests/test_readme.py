@@ -9,11 +9,13 @@ import numpy as np
 import openvla_golden as og
 import pytest
 from PIL import Image
+from test_openvla_oft_components import write_original
 from tiny import picture, save_native_llava, sharpen, tiny_llava
 from transformers import HfArgumentParser
 
 from hf_vla_actions.cli import COMMANDS
 from hf_vla_actions.hub.inspect import parser as inspect_parser
+from hf_vla_actions.models.openvla.oft_config import PRESETS
 from hf_vla_actions.models.predict import parser as predict_parser
 from hf_vla_actions.train.arguments import DataArguments, LoraArguments, ModelArguments, VLATrainingArguments
 from hf_vla_actions.train.recipes import RECIPES
@@ -40,12 +42,16 @@ def test_python_blocks_run_one_after_the_other(place, monkeypatch):
     names = {}
     golden = og.load("golden_openvla.json")
     openvla = og.write_hub_folder(place / "openvla", golden["config"], og.tensors(golden))
+    values = {"mode": "l1", **PRESETS["libero"]}
+    entry = {n: {"q01": [-1.0] * d, "q99": [1.0] * d} for n, d in (("action", 7), ("proprio", values["proprio_dim"]))}
+    oft = write_original(place / "oft", og.tiny_model(oft=values, norm_stats={"libero": entry}))
     # The refusal is tested on its own; the last block needs a model of the Hub, here a local one of the same type.
     for block in blocks("python"):
         if ">>>" in block:
             continue
         block = block.replace('"llava-hf/llava-1.5-7b-hf"', f'"{save_native_llava(place / "base")}"')
         block = block.replace('"openvla/openvla-7b"', f'"{openvla}"')
+        block = block.replace('"moojink/openvla-7b-oft-finetuned-libero-spatial"', f'"{oft}"')
         exec(compile(block, "README.md", "exec"), names)
         if "normalized" in names and "policy" not in names:
             assert names["actions"].shape == (1, 7)
@@ -55,6 +61,8 @@ def test_python_blocks_run_one_after_the_other(place, monkeypatch):
     obs = {"images": picture(1), "instruction": "move to the red block"}
     assert abs(names["policy"](obs)[2]) <= 0.01
     assert names["action"].shape == (7,)
+    assert names["chunk"].shape == (8, 7)
+    assert abs(names["chunk"][:, 0]).max() <= 0.5
     assert names["vla"].action_config.space().names == ("x", "y", "gripper")
 
 
