@@ -155,23 +155,27 @@ class ActionPredictionMixin:
             mode: see `predict_action`.
             generate_options: passed on to `generate`.
 
-        An observation is a mapping with "images" and "instruction", as for `prepare`; other entries are for
-        `constraints`.
+        An observation is a mapping with "images" and "instruction", as for `prepare` (and "proprio" where the policy
+        reads it); other entries are for `constraints`.
         """
         key = self.action_config.resolve(unnorm_key)
 
         def predict_chunk(obs: Mapping[str, Any]) -> np.ndarray:
-            missing = [name for name in ("images", "instruction") if name not in obs]
+            missing = [name for name in self._observed() if name not in obs]
             if missing:
                 raise VLAActionsError(f"an observation needs {missing}; it has {sorted(obs)}")
             wanted = constraints(obs) if isinstance(constraints, Callable) else constraints  # type: ignore[arg-type]
-            inputs = self.prepare(obs["images"], obs["instruction"])
+            inputs = self.prepare(*(obs[name] for name in self._observed()))
             chunks: Any = self.predict_action(
                 **inputs, unnorm_key=key, constraints=wanted, mode=mode, **generate_options
             )
             return chunks[0]
 
         return ChunkPolicy(predict_chunk, execute_steps)
+
+    def _observed(self) -> tuple[str, ...]:
+        """Entries of an observation that `prepare` is given, in its order."""
+        return "images", "instruction"
 
     def generate(
         self,

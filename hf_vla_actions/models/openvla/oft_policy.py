@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,12 +13,11 @@ from hf_vla_actions.constraints import bind
 from hf_vla_actions.decoding import TACOLogitsProcessor
 from hf_vla_actions.errors import CheckpointError, SelfTestError, VLAActionsError
 from hf_vla_actions.models.checks import NOISE_FACTOR, RELATIVE_CHANGE, SENTENCE, SENTENCES, SIZE
-from hf_vla_actions.models.mixin import MODES
+from hf_vla_actions.models.generation import MODES
 from hf_vla_actions.models.openvla.oft import OFTForward
 from hf_vla_actions.models.openvla.oft_config import OFTOptions
 from hf_vla_actions.models.openvla.policy import OpenVLAPolicyMixin
 from hf_vla_actions.models.output import ActionOutput
-from hf_vla_actions.runtime import ChunkPolicy
 
 
 class OFTPolicyMixin(OFTForward, OpenVLAPolicyMixin):
@@ -195,34 +194,10 @@ class OFTPolicyMixin(OFTForward, OpenVLAPolicyMixin):
         # Clipped again: a dimension that is not normalized passes through its statistics as it is.
         return torch.from_numpy(np.clip(stats.normalize(state), -1.0, 1.0))
 
-    def policy(
-        self,
-        unnorm_key: str | None = None,
-        constraints=None,
-        *,
-        execute_steps: int | None = None,
-        mode: str = "project",
-        **options,
-    ) -> ChunkPolicy:
-        """A policy for one robot; see `ActionPredictionMixin.policy`. An observation of OFT may hold "proprio"."""
-        if self.config.oft is None:
-            return super().policy(unnorm_key, constraints, execute_steps=execute_steps, mode=mode, **options)
-        key = self.action_config.resolve(unnorm_key)
-
-        def predict_chunk(obs: Mapping[str, Any]) -> np.ndarray:
-            needed = ["images", "instruction"] + (["proprio"] if self._options().proprio_dim else [])
-            missing = [name for name in needed if name not in obs]
-            if missing:
-                raise VLAActionsError(f"an observation needs {missing}; it has {sorted(obs)}")
-            wanted = constraints(obs) if isinstance(constraints, Callable) else constraints  # type: ignore[arg-type]
-            proprio = obs["proprio"] if self._options().proprio_dim else None
-            inputs = self.prepare(obs["images"], obs["instruction"], proprio)
-            chunk: Any = self.predict_action(
-                **inputs, unnorm_key=key, constraints=wanted, mode=mode, chunks=True, **options
-            )
-            return chunk[0]
-
-        return ChunkPolicy(predict_chunk, execute_steps)
+    def _observed(self) -> tuple[str, ...]:
+        options = self.config.oft_options
+        reads_state = options is not None and options.proprio_dim is not None
+        return (*super()._observed(), "proprio") if reads_state else super()._observed()
 
     def generate(self, *args, **kwargs):
         """As in Transformers; refused for an OFT policy, which was trained to see all tokens at once."""
