@@ -2,6 +2,7 @@ import gymnasium
 import numpy as np
 import pytest
 
+from hf_vla_actions.constraints.retime import RetimedChunk
 from hf_vla_actions.demo.expert import Expert
 from hf_vla_actions.demo.judge import Blanked, Limits, Swapped, summarize
 from hf_vla_actions.demo.world import TabletopEnv
@@ -49,6 +50,21 @@ def test_a_chunk_is_carried_out_as_far_as_asked():
     assert looks == [0.0, 0.75]
     assert np.concatenate(episode.actions).tolist() == [0.5, 0.25, 0.5, 0.25]
     assert len(episode.poses) == 5
+
+
+def test_retimed_chunks_are_carried_out_by_decoded_steps_and_each_has_its_own_length():
+    looks = []
+
+    def predict(observations):
+        looks.append([obs["proprio"][0] for obs in observations])
+        halves = RetimedChunk(np.array([[0.25], [0.25], [0.5], [9.0]]), np.array([0, 0, 1, 2]))
+        return [np.array([[0.125], [0.25], [9.0]]), halves][-len(observations) :]
+
+    first, second = rollouts(Line, predict, [0, 2], max_steps=4, execute_steps=2)
+    assert looks == [[0.0, 2.0], [0.375]]
+    assert np.concatenate(second.actions).tolist() == [0.25, 0.25, 0.5]
+    assert second.success
+    assert np.concatenate(first.actions).tolist() == [0.125, 0.25, 0.25, 0.25]
 
 
 def test_equal_seeds_give_the_same_episode_for_every_policy():

@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
+from hf_vla_actions.constraints.retime import RetimedChunk
 from hf_vla_actions.errors import VLAActionsError
+from hf_vla_actions.runtime.chunks import first_steps
 
-Predict = Callable[[list[dict[str, Any]]], np.ndarray]
+Predict = Callable[[list[dict[str, Any]]], "np.ndarray | Sequence[np.ndarray | RetimedChunk]"]
 
 
 @dataclass
@@ -47,10 +49,12 @@ def rollouts(
 
     Args:
         make_env: makes one Gymnasium environment; its observations are dicts with "images", "instruction", "proprio".
-        predict: observations of the episodes that still run, to chunks (n, horizon, dof) in real units.
+        predict: observations of the episodes that still run, to chunks in real units: (n, horizon, dof), or a list of n
+            of any length (horizon, dof), retimed ones among them.
         seeds: of `env.reset`; equal seeds give the same episode, so runs of several policies can be compared in pairs.
         max_steps: steps after which an episode ends without success.
-        execute_steps: actions of a chunk that are carried out before the next look.
+        execute_steps: decoded steps of a chunk that are carried out before the next look: one action each, more where a
+            chunk was retimed.
         keep_frames: keep every picture.
         description: name on the progress bar; no bar if None.
     """
@@ -67,7 +71,9 @@ def rollouts(
             chunks = predict([observations[i] for i in running])
             still = []
             for i, chunk in zip(running, chunks, strict=True):
-                done = _carry_out(envs[i], episodes[i], chunk[:execute_steps], observations, i, max_steps, keep_frames)
+                done = _carry_out(
+                    envs[i], episodes[i], first_steps(chunk, execute_steps), observations, i, max_steps, keep_frames
+                )
                 still += [] if done else [i]
             if len(still) < len(running):
                 bar.update(len(running) - len(still))
