@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from hf_vla_actions.demo.run import FULL, QUICK, run_demo
@@ -32,6 +33,13 @@ def parser() -> argparse.ArgumentParser:
     )
     options.add_argument("--quick", action="store_true", help="a smaller run that only shows the path, under 90 s")
     options.add_argument("--seed", type=int, default=0, help="of everything (default: %(default)s)")
+    options.add_argument(
+        "--augment_limits",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="share of the demonstrations whose expert obeys a random step limit (default: %(default)s)",
+    )
     return options
 
 
@@ -39,7 +47,8 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run the demo and print its table."""
     args = parser().parse_args(argv)
-    sys.stdout.write(run_demo(Path(args.output_dir), QUICK if args.quick else FULL, seed=args.seed))
+    settings = replace(QUICK if args.quick else FULL, augment_limits=args.augment_limits)
+    sys.stdout.write(run_demo(Path(args.output_dir), settings, seed=args.seed))
     return 0
 
 

@@ -43,6 +43,8 @@ class DemoSettings:
         max_steps: of a free episode; bound ones get `slower` times as many, because their steps are shorter.
         slower: see above.
         split_words: give each word a token instead of each sentence; much harder to learn.
+        horizon: actions predicted at once.
+        augment_limits: share of the demonstrations whose expert obeys a random step limit.
     """
 
     training: TinyTraining
@@ -50,6 +52,8 @@ class DemoSettings:
     max_steps: int = 24
     slower: int = 3
     split_words: bool = False
+    horizon: int = 1
+    augment_limits: float = 0.0
 
 
 FULL = DemoSettings(TINY_FULL)
@@ -81,6 +85,7 @@ def run_demo(folder: Path, settings: DemoSettings = FULL, *, seed: int = 0, limi
         episodes=settings.training.num_episodes,
         seed=100_000 * seed,
         noise=settings.training.noise,
+        augment_limits=settings.augment_limits,
     )
     policy, metrics = train(folder, data, settings, seed)
     trained = time.monotonic() - begin
@@ -128,6 +133,7 @@ def train(folder: Path, data: Path, settings: DemoSettings, seed: int):
     data_args = DataArguments(
         dataset=str(data),
         unnorm_key="tabletop",
+        horizon=settings.horizon,
         action_units=UNIT_OPTIONS,
         action_kind="delta",
         action_frame=SPACE.frame,

@@ -83,6 +83,14 @@ class DataArguments:
     eval_fraction: float = field(
         default=0.0, metadata={"help": "Share of the episodes that is held out and evaluated on."}
     )
+    augment_limits: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of the chunks drawn whose actions are those of a robot under a random step limit, between the "
+            "20th and 100th percentile of the data's moves: the same path in smaller steps. Deltas only. The pictures "
+            "stay what they are, so this teaches slow actions, not what a slowed robot sees."
+        },
+    )
     action_names: list[str] | None = field(
         default=None, metadata={"help": "Name of each dimension. Default: those of the dataset."}
     )

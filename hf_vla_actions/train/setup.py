@@ -22,6 +22,7 @@ from hf_vla_actions.models.families import OPENVLA_TYPE, family_of
 from hf_vla_actions.models.openvla import action_config_of
 from hf_vla_actions.tokenizers import ActionVocabulary, UniformActionTokenizer
 from hf_vla_actions.train.arguments import DataArguments, ModelArguments
+from hf_vla_actions.train.augment import SlowedChunks
 from hf_vla_actions.train.recipes import RECIPES
 
 logger = logging.getLogger(__name__)
@@ -48,12 +49,14 @@ def split_episodes(dataset: LeRobotDataset, eval_fraction: float, seed: int) -> 
 
 
 def chunk_datasets(dataset: LeRobotDataset, args: DataArguments, horizon: int, seed: int):
-    """The chunks to train on, and those of held-out episodes or None."""
+    """The chunks to train on (some of them slowed, with `augment_limits`), and those of held-out episodes or None."""
     train, held_out = split_episodes(dataset, args.eval_fraction, seed)
-    chunks = [
+    chunks: list[Any] = [
         ChunkDataset(dataset, horizon, episodes=episodes, skip_first=args.skip_first) if episodes else None
         for episodes in (train, held_out)
     ]
+    if args.augment_limits:
+        return SlowedChunks(chunks[0], space_of(dataset, args), args.augment_limits), chunks[1]
     return chunks[0], chunks[1]
 
 
