@@ -66,3 +66,89 @@ def plot_distributions(
     ax.set(xlabel=name, ylabel="probability")
     ax.legend(frameon=False, fontsize=8)
     return ax
+
+
+def constraint_report(report, row: int = 0, ax=None):
+    """What constraints did to one predicted chunk: a panel for each dimension, over the steps of the chunk.
+
+    Each step shows mean and standard deviation of what the policy wanted (gray) and of what the constraints made of it
+    (blue), and the value that is carried out (diamond). The redder a step, the less of the policy's probability was
+    allowed; above each panel stands the constraint that removes most.
+
+    Args:
+        report: ConfidenceReport.
+        row: which chunk of the report.
+        ax: (dof,) Axes to draw on.
+
+    Returns:
+        (dof,) array of Axes.
+    """
+    rows, horizon, dof = report.value.shape
+    if not -rows <= row < rows:
+        raise VLAActionsError(f"the report has rows 0..{rows - 1}, got {row}")
+    if ax is None:
+        columns = min(dof, 2)
+        lines = -(-dof // columns)
+        wide = max(4.2, 1.6 + 0.45 * horizon)
+        figure, axes = new_figure(lines, columns, figsize=(wide * columns, 0.6 + 1.95 * lines), squeeze=False)
+        for empty in axes.ravel()[dof:]:
+            empty.remove()
+        ax = axes.ravel()[:dof]
+        for panel in ax[:-columns]:
+            panel.tick_params(labelbottom=False)
+        for panel in ax[-columns:]:
+            panel.set_xlabel("step")
+        _report_legend(figure)
+    axes = np.asarray(ax).ravel()
+    if len(axes) != dof:
+        raise VLAActionsError(f"the report has {dof} dimensions, got {len(axes)} Axes")
+    for dim, panel in enumerate(axes):
+        _report_panel(panel, report, row, dim)
+    return axes
+
+
+BEFORE, AFTER, CONFLICT = "0.45", "C0", "C3"
+
+
+def _report_panel(ax, report, row: int, dim: int) -> None:
+    steps = np.arange(report.horizon)
+    unit = report.space.units[dim]
+    lost = 1 - report.allowed_mass[row, :, dim]
+    for step, share in zip(steps, lost, strict=True):
+        if share > 0.005:
+            ax.axvspan(step - 0.5, step + 0.5, color=CONFLICT, alpha=0.3 * share, lw=0, zorder=0)
+    for when, color, aside in (("before", BEFORE, -0.13), ("after", AFTER, 0.13)):
+        mean, std = (getattr(report, f"{name}_{when}")[row, :, dim] for name in ("mean", "std"))
+        ax.errorbar(steps + aside, mean, std, fmt="o", ms=4, lw=1.4, capsize=2.5, color=color)
+    ax.plot(steps, report.action[row, :, dim], "-", color="k", lw=0.6, alpha=0.4, zorder=1)
+    ax.plot(steps, report.action[row, :, dim], "D", ms=4.5, mfc="w", mec="k", mew=1.1, zorder=5)
+    ax.set_xlim(-0.5, report.horizon - 0.5)
+    ax.set_ylabel(f"{report.space.names[dim]} [{unit}]" if unit else report.space.names[dim])
+    ax.set_xticks(steps[:: -(-report.horizon // 16)])
+    ax.spines[["top", "right"]].set_visible(False)
+    removed = {text: share[row, :, dim] for text, share in report.blame.items() if share[row, :, dim].max() > 0.005}
+    if removed:
+        text = max(removed, key=lambda name: removed[name].mean())
+        shift = f"{report.shift[row, :, dim].mean():.2g}{f' {unit}' if unit else ''}"
+        short = text if len(text) <= 56 else text[:55] + "\u2026"
+        title = f"{short}\nremoves {removed[text].mean():.0%} of the probability; moved by {shift}"
+        ax.set_title(title, fontsize=8, color=CONFLICT, loc="left")
+
+
+def _report_legend(figure) -> None:
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    handles = [
+        Line2D([], [], marker="o", ms=4, lw=1.4, color=BEFORE, label="policy: mean ± std"),
+        Line2D([], [], marker="o", ms=4, lw=1.4, color=AFTER, label="with constraints: mean ± std"),
+        Line2D([], [], marker="D", ms=4.5, lw=0.6, mfc="w", mec="k", color="0.6", label="carried out"),
+        Patch(color=CONFLICT, alpha=0.3, lw=0, label="nothing that the policy wanted is allowed"),
+    ]
+    figure.legend(
+        handles=handles,
+        loc="outside upper center",
+        ncols=4 if figure.get_figwidth() > 9.5 else 2,
+        frameon=False,
+        fontsize=8,
+    )
