@@ -18,6 +18,7 @@ _HOME = {
     "ActionVocabulary": "tokenizers",
     "UniformActionTokenizer": "tokenizers",
     "ActionConfig": "config",
+    "Context": "constraints",
     "TACOLogitsProcessor": "decoding",
     "ActionOutput": "models",
     "ActionPredictionMixin": "models",
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from hf_vla_actions import constraints as constraints
     from hf_vla_actions.actions import ActionSpace, ActionStats, BinGrid, Gripper, NormStats
     from hf_vla_actions.config import ActionConfig
+    from hf_vla_actions.constraints import Context
     from hf_vla_actions.decoding import TACOLogitsProcessor
     from hf_vla_actions.errors import InfeasibleConstraintError, VLAActionsError
     from hf_vla_actions.models import (

@@ -10,7 +10,7 @@ import numpy as np
 
 from hf_vla_actions.actions import ActionSpace
 from hf_vla_actions.constraints.intervals import IntervalSet
-from hf_vla_actions.constraints.language import Constraint
+from hf_vla_actions.constraints.language import OneDimensional
 from hf_vla_actions.errors import InfeasibleConstraintError
 
 
@@ -67,7 +67,7 @@ class Reach:
         members = self.members
         return float(members.lows[0]), float(members.highs[-1])
 
-    def satisfying(self, constraints: Sequence[Constraint]) -> IntervalSet:
+    def satisfying(self, constraints: Sequence[OneDimensional]) -> IntervalSet:
         """The values within reach that satisfy all constraints (of this dimension and step); may be empty."""
         members = self.members
         for constraint in sorted(constraints, key=lambda c: c.picks):
@@ -89,7 +89,9 @@ class Reach:
             "is shorter"
         )
 
-    def explain(self, sample: int, step: int, named: Sequence[tuple[str, Constraint]]) -> InfeasibleConstraintError:
+    def explain(
+        self, sample: int, step: int, named: Sequence[tuple[str, OneDimensional]]
+    ) -> InfeasibleConstraintError:
         """The error for constraints that leave nothing: names the one to blame, or the smallest set in conflict.
 
         Args:
@@ -116,7 +118,7 @@ class Reach:
             else "Each can be satisfied alone: drop or relax one of them",
         )
 
-    def _smallest_conflict(self, named: Sequence[tuple[str, Constraint]]) -> list[tuple[str, Constraint]]:
+    def _smallest_conflict(self, named: Sequence[tuple[str, OneDimensional]]) -> list[tuple[str, OneDimensional]]:
         """Leave out one after another as long as the rest still cannot hold: what remains is needed for the conflict."""
         active = list(named)
         for pair in named:

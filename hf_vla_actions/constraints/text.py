@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import ast
 import inspect
+import math
 
-from hf_vla_actions.constraints.language import TYPES, Constraint
+from hf_vla_actions.constraints.base import Constraint
+from hf_vla_actions.constraints.kinds import TYPES, constraint_from_dict
 from hf_vla_actions.errors import ConstraintError
+
+__all__ = ["TYPES", "constraint_from_dict", "parse_constraints"]
+NUMBERS = {"inf": math.inf, "nan": math.nan}
 
 
 def parse_constraints(text: str) -> list[Constraint]:
     """Read constraints as they would be written in Python; bare words are names.
 
     Args:
-        text: such as `Range(x, -0.005, 0.005); Fix(gripper, open)`.
+        text: such as `Range(x, -0.005, 0.005); Fix(gripper, open)` or `Any(Range(x, 0), Speed([x, y], 0.02))`.
 
-    Nothing is executed: only names of constraints, numbers, words and lists of them are understood.
+    Nothing is executed: only names of constraints, numbers, words, None, slices and lists of them are understood.
     """
     constraints = [_read(part.strip()) for part in text.split(";") if part.strip()]
     if not constraints:
@@ -28,22 +33,35 @@ def _read(text: str) -> Constraint:
         call = ast.parse(text, mode="eval").body
     except SyntaxError:
         raise ConstraintError(f"{text!r} is no constraint; write for example Range(x, -0.005, 0.005)") from None
-    if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.func.id not in TYPES:
+    constraint = _call(call, text) if isinstance(call, ast.Call) else None
+    if not isinstance(constraint, Constraint):
         raise ConstraintError(f"{text!r} is no constraint; there are {sorted(TYPES)}")
-    kind = TYPES[call.func.id]
+    return constraint
+
+
+def _call(call: ast.Call, text: str):
+    name = call.func.id if isinstance(call.func, ast.Name) else None
+    if name != "slice" and name not in TYPES:
+        raise ConstraintError(f"{ast.unparse(call)!r} is no constraint; there are {sorted(TYPES)}")
+    kind = slice if name == "slice" else TYPES[str(name)]
     arguments = [_value(argument, text) for argument in call.args]
     keywords = {keyword.arg: _value(keyword.value, text) for keyword in call.keywords if keyword.arg}
     try:
         return kind(*arguments, **keywords)
     except TypeError as error:
-        raise ConstraintError(f"{text!r}: {error}; it is {call.func.id}{inspect.signature(kind.__init__)}") from None
+        how = "slice(start, stop)" if kind is slice else f"{name}{inspect.signature(kind)}"
+        raise ConstraintError(f"{ast.unparse(call)!r}: {error}; it is {how}") from None
 
 
 def _value(node: ast.expr, text: str):
     if isinstance(node, ast.Name):
-        return node.id
+        return NUMBERS.get(node.id, node.id)
     if isinstance(node, (ast.List, ast.Tuple)):
         return [_value(element, text) for element in node.elts]
+    if isinstance(node, ast.Call):
+        return _call(node, text)
+    if isinstance(node, ast.UnaryOp) and ast.unparse(node) == "-inf":
+        return -math.inf
     try:
         return ast.literal_eval(node)
     except ValueError:
