@@ -550,7 +550,7 @@ def test_permanent_limits_are_added_to_every_sample():
     ("options", "message"),
     [
         ({"mode": "clip"}, "mode must be one of"),
-        ({"on_infeasible": "hold"}, "only be 'raise'"),
+        ({"on_infeasible": "drop"}, "on_infeasible must be one of"),
         ({"context": object()}, "context"),
         ({"prompt_length": -1}, "prompt_length"),
         ({"prompt_length": 3.0}, "prompt_length"),

@@ -1,138 +1,36 @@
-"""Constraints bound to one robot: checked before anything runs, then tables for tokens and sets for projection."""
+"""Binding constraints to one robot: everything is checked here, before anything runs."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from itertools import product
+from typing import TypeVar
 
 import numpy as np
 
 from hf_vla_actions.actions import ActionSpace
+from hf_vla_actions.constraints.base import Constraint
+from hf_vla_actions.constraints.bound import BoundConstraints, Fallback, Price
+from hf_vla_actions.constraints.branch import Branch
+from hf_vla_actions.constraints.combined import Any, Soft
+from hf_vla_actions.constraints.context import Context
+from hf_vla_actions.constraints.explain import explain_start
 from hf_vla_actions.constraints.intervals import IntervalSet
-from hf_vla_actions.constraints.language import Constraint, Target
+from hf_vla_actions.constraints.language import OneDimensional, Target
+from hf_vla_actions.constraints.laws import Laws, Moves, find_backups, find_limits
 from hf_vla_actions.constraints.reach import Reach
-from hf_vla_actions.errors import ConstraintError
+from hf_vla_actions.constraints.tables import LawTables
+from hf_vla_actions.constraints.terms import Change, Hold, Known, Pull, Term
+from hf_vla_actions.errors import ConstraintError, InfeasibleConstraintError
 
 logger = logging.getLogger(__name__)
 
-Cell = tuple[int, int, int]  # sample, step, dimension
-
-
-@dataclass(frozen=True, eq=False)
-class BoundConstraints:
-    """What constraints leave of each (sample, step, dimension); made by `bind`, feasible by construction.
-
-    Args:
-        space: meaning of the numbers.
-        horizon: actions in a chunk.
-        values: (dof, n_codes) real value of each token; None without a token grid.
-        n_samples: 1 if every sample has the same constraints, else their number.
-        per_sample: True if there was a list of constraints for each sample.
-        sets: values that remain, for the cells that have a hard constraint: values of tokens if bound to the grid,
-            else intervals.
-        pulls: (n_codes,) nats, for the cells that have a soft one.
-    """
-
-    space: ActionSpace
-    horizon: int
-    values: np.ndarray | None
-    n_samples: int
-    per_sample: bool
-    sets: dict[Cell, IntervalSet]
-    pulls: dict[Cell, np.ndarray]
-
-    @cached_property
-    def allowed(self) -> np.ndarray:
-        """(n_samples, horizon, dof, n_codes) bool: tokens whose real value satisfies the hard constraints."""
-        values = self._grid()
-        allowed = np.ones((self.n_samples, self.horizon, *values.shape), dtype=bool)
-        for cell, members in self.sets.items():
-            allowed[cell] = members.contains(values[cell[2]])
-        return allowed
-
-    @cached_property
-    def nearest(self) -> np.ndarray:
-        """(n_samples, horizon, dof, n_codes) int64: the allowed token closest in real units; itself if allowed."""
-        values = self._grid()
-        shape = (self.n_samples, self.horizon, *values.shape)
-        nearest = np.broadcast_to(np.arange(values.shape[1]), shape).copy()
-        for cell in self.sets:
-            row, allowed = values[cell[2]], self.allowed[cell]
-            codes = np.flatnonzero(allowed)
-            if not len(codes):
-                raise ConstraintError("no token is allowed in one cell: bind with grid=True to work with tokens")
-            known, first = np.unique(row[codes], return_index=True)
-            goal = IntervalSet.points(known).nearest(row)
-            nearest[cell] = np.where(allowed, nearest[cell], codes[first[np.searchsorted(known, goal)]])
-        return nearest
-
-    @cached_property
-    def bias(self) -> np.ndarray | None:
-        """(n_samples, horizon, dof, n_codes) float64 nats of the soft targets; None if there is none."""
-        if not self.pulls:
-            return None
-        bias = np.zeros((self.n_samples, self.horizon, *self._grid().shape))
-        for cell, nats in self.pulls.items():
-            bias[cell] = nats
-        return bias
-
-    def check_batch(self, batch_size: int) -> None:
-        """Raise if there is a list of constraints per sample and their number is not `batch_size`."""
-        if self.per_sample and batch_size != self.n_samples:
-            raise ConstraintError(
-                f"{self.n_samples} lists of constraints for a batch of {batch_size}: give one list per sample, or one "
-                "flat list for all"
-            )
-
-    def project(self, actions) -> np.ndarray:
-        """Move each number to the nearest one that is allowed.
-
-        Args:
-            actions: (..., horizon, dof) real units; with constraints per sample (batch * n, horizon, dof), n
-                sequences of each sample in a row.
-
-        Returns:
-            float64 of the same shape. A number that is allowed already is returned as it is, bit by bit; a binary
-            gripper is in one of its two states.
-        """
-        actions = self.space.settle(self._checked(actions))
-        moved = np.array(actions, dtype=np.float64).reshape(-1, self.horizon, self.space.dof)
-        for rows, step, dim, members in self._cells(moved):
-            moved[rows, step, dim] = members.nearest(moved[rows, step, dim])
-        return moved.reshape(actions.shape)
-
-    def violations(self, actions) -> np.ndarray:
-        """Distance to the nearest allowed number, in real units; shapes as in `project`, 0 where all is well."""
-        given = self._checked(actions)
-        flat = given.reshape(-1, self.horizon, self.space.dof)
-        distance = np.zeros(flat.shape)
-        for rows, step, dim, members in self._cells(flat):
-            distance[rows, step, dim] = np.abs(members.nearest(flat[rows, step, dim]) - flat[rows, step, dim])
-        return distance.reshape(given.shape)
-
-    def _cells(self, actions: np.ndarray):
-        if len(actions) % self.n_samples:
-            raise ConstraintError(f"{len(actions)} chunks do not belong to {self.n_samples} lists of constraints")
-        each = len(actions) // self.n_samples
-        for (sample, step, dim), members in self.sets.items():
-            yield slice(sample * each, (sample + 1) * each), step, dim, members
-
-    def _checked(self, actions) -> np.ndarray:
-        actions = np.asarray(actions, dtype=np.float64)
-        if actions.shape[-2:] != (self.horizon, self.space.dof):
-            raise ConstraintError(
-                f"chunks have shape (..., {self.horizon}, {self.space.dof}) here, got {actions.shape}"
-            )
-        if not np.isfinite(actions).all():
-            raise ConstraintError("actions have NaN or infinite values; they cannot be carried out or projected")
-        return actions
-
-    def _grid(self) -> np.ndarray:
-        if self.values is None:
-            raise ConstraintError("these constraints were bound without token values; pass values to bind")
-        return self.values
+ON_INFEASIBLE = ("raise", "hold", "nearest")
+MOST_WAYS = 64  # combinations of alternatives
+Sourced = tuple[Constraint, Constraint | Term | Pull]  # the user's constraint, and one part of what it comes down to
+T = TypeVar("T")
 
 
 def bind(
@@ -143,6 +41,8 @@ def bind(
     *,
     limits: Sequence[Constraint] = (),
     grid: bool = True,
+    context: Context | None = None,
+    on_infeasible: str = "raise",
 ) -> BoundConstraints:
     """Check constraints against a robot and return what they leave.
 
@@ -153,67 +53,303 @@ def bind(
             carried out (un-normalized, gripper settled); None for actions that come from no tokens.
         horizon: actions in a chunk.
         limits: constraints added to every sample.
-        grid: True: at least one token must remain (decoding under constraints). False: any value from half a bin
-            below the lowest token to half a bin above the highest counts (actions are moved after decoding).
+        grid: True: tokens must remain (decoding under constraints). False: any value from half a bin below the lowest
+            token to half a bin above the highest counts (actions are moved after decoding).
+        context: what the robot knows now; for all samples or for each.
+        on_infeasible: what to do for a sample whose constraints cannot all hold: "raise"; "hold": tell the robot to
+            stay as it is instead; "nearest": leave out one constraint after another, each from a smallest conflicting
+            set and permanent limits last, until the rest can hold. What was done is in `fallbacks`.
 
     Raises:
-        InfeasibleConstraintError: nothing is left of a dimension.
-        ConstraintError: a constraint is malformed or does not fit the chunk.
+        InfeasibleConstraintError: no chunk satisfies the constraints, or none that could be certified.
+        ConstraintError: a constraint is malformed, does not fit the chunk, or needs a context that was not given.
         ActionSpaceError: a dimension the space does not have.
     """
+    if on_infeasible not in ON_INFEASIBLE:
+        raise ConstraintError(f"on_infeasible must be one of {list(ON_INFEASIBLE)}, got {on_infeasible!r}")
+    if context is not None and not isinstance(context, Context):
+        raise ConstraintError(f"context is a Context(pose=..., last_action=...), got {context!r}")
     values = _check_values(values, space, grid)
     lists, per_sample = _read_lists(constraints, tuple(limits))
-    reaches = [
-        Reach(space, dim, None if values is None else np.unique(values[dim]), grid and values is not None)
-        for dim in range(space.dof)
-    ]
-    resolved = {id(c): c.resolve(space) for sample in lists for c in sample}
-    solved: dict[tuple[int, ...], tuple[IntervalSet, np.ndarray | None]] = {}
-    sets: dict[Cell, IntervalSet] = {}
-    pulls: dict[Cell, np.ndarray] = {}
+    lists, per_sample = _spread(lists, per_sample, context)
+    binder = _Binder(space, values, horizon, grid)
+    samples = []
     for s, sample in enumerate(lists):
-        by_cell: dict[tuple[int, int], list[Constraint]] = {}
-        for constraint in sample:
-            dim = int(resolved[id(constraint)].dim)
-            for step in constraint.steps_in(horizon):
-                by_cell.setdefault((step, dim), []).append(constraint)
-        for (step, dim), active in sorted(by_cell.items(), key=lambda item: item[0]):
-            key = tuple(id(constraint) for constraint in active)
-            if key not in solved:
-                here = [resolved[i] for i in key]
-                _warn_beyond(active, reaches[dim])
-                solved[key] = (
-                    reaches[dim].satisfying(here),
-                    _pull(here, None if values is None else values[dim]),
-                )
-            members, nats = solved[key]
-            if members.is_empty:
-                raise reaches[dim].explain(s, step, [(str(c), resolved[id(c)]) for c in active])
-            if any(resolved[i].nats(np.zeros(1)) is None for i in key):
-                sets[s, step, dim] = members
-            if nats is not None:
-                pulls[s, step, dim] = nats
-    return BoundConstraints(space, horizon, values, len(lists), per_sample, sets, pulls)
+        known = Known() if context is None else context.known(space, s, len(lists))
+        samples.append(_Sample(binder, s, [c.sample(s) for c in sample], known, n_limits=len(limits)))
+    certified = binder.certified([sample.branches for sample in samples])
+    for sample, starts in zip(samples, certified, strict=True):
+        sample.settle(starts, on_infeasible)
+    return BoundConstraints(
+        space,
+        horizon,
+        values,
+        len(samples),
+        per_sample,
+        [sample.branches for sample in samples],
+        {(s, *cell): nats for s, sample in enumerate(samples) for cell, nats in sample.pulls().items()},
+        [sample.prices() for sample in samples],
+        [sample.fallback for sample in samples],
+    )
 
 
-def project(actions, constraints, space: ActionSpace, *, limits: Sequence[Constraint] = ()) -> np.ndarray:
-    """Move a chunk that comes from no tokens (a continuous head) into the allowed set, number by number.
+def project(
+    actions,
+    constraints,
+    space: ActionSpace,
+    *,
+    limits: Sequence[Constraint] = (),
+    context: Context | None = None,
+    style: str = "axis",
+) -> np.ndarray:
+    """Move chunks that come from no tokens (a continuous head) to where everything is allowed.
 
     Args:
         actions: (..., horizon, dof) real units.
         constraints: one list for all samples, or one list per sample.
         space: meaning of the numbers.
         limits: constraints added to every sample.
+        context: what the robot knows now.
+        style: see `BoundConstraints.project`.
 
     Returns:
-        float64 of the same shape; what is allowed already stays bit by bit. Soft targets move nothing.
+        float64 of the same shape; what is allowed already stays bit by bit. Soft constraints move nothing.
     """
     actions = np.asarray(actions, dtype=np.float64)
     if actions.ndim < 2 or actions.shape[-1] != space.dof:
         raise ConstraintError(f"chunks have shape (..., horizon, {space.dof}), got {actions.shape}")
-    bound = bind(constraints, space, None, actions.shape[-2], limits=limits, grid=False)
+    bound = bind(constraints, space, None, actions.shape[-2], limits=limits, grid=False, context=context)
     bound.check_batch(int(np.prod(actions.shape[:-2], dtype=int)))
-    return bound.project(actions)
+    return bound.project(actions, style)
+
+
+class _Binder:
+    """What is the same for all samples, and what was worked out for one of them already."""
+
+    def __init__(self, space: ActionSpace, values: np.ndarray | None, horizon: int, grid: bool):
+        self.space, self.values, self.horizon = space, values, horizon
+        self.grid = grid and values is not None
+        tokens = [None if values is None else np.unique(row) for row in (values if values is not None else space.names)]
+        self.reaches = [Reach(space, dim, tokens[dim], self.grid) for dim in range(space.dof)]
+        self.members = [reach.members for reach in self.reaches]
+        self.half_bin = np.array([reach.half_bin for reach in self.reaches])
+        gripper = None if space.gripper is None else space.index(space.gripper.dim)
+        # Braking: changes go to 0, positions and grippers stay as they are.
+        still = [d == gripper or space.delta[d] is False for d in range(space.dof)]
+        self.rest = np.where(still, np.nan, 0.0)
+        self._memory: dict = {}
+
+    def once(self, key, make: Callable[[], T]) -> T:
+        """What `make` returned the first time for this key."""
+        if key not in self._memory:
+            self._memory[key] = make()
+        return self._memory[key]
+
+    def ways(self, constraints: Sequence[Constraint], known: Known) -> list[list[Sourced]]:
+        """All hard parts of some constraints, once for each way of choosing among alternatives."""
+        fixed: list[Sourced] = []
+        choices: list[list[list[Sourced]]] = []
+        for source in constraints:
+            for part in source.expand(self.space, self.horizon, known, self.half_bin):
+                if isinstance(part, Any):
+                    choices.append(self._alternatives(source, part, known))
+                elif not _is_soft(part):
+                    fixed.append((source, part))
+        if np.prod([len(options) for options in choices]) > MOST_WAYS:
+            raise ConstraintError(
+                f"the alternatives combine in more than {MOST_WAYS} ways; use fewer Any, or InSet and Forbid on one dimension"
+            )
+        return [fixed + [part for option in options for part in option] for options in product(*choices)]
+
+    def _alternatives(self, source: Constraint, part: Any, known: Known) -> list[list[Sourced]]:
+        options: list[list[Sourced]] = []
+        problem: InfeasibleConstraintError | None = None
+        for alternative in part.alternatives:
+            try:
+                for way in self.ways(alternative, known):
+                    options.append([(source, piece) for _, piece in way])
+            except InfeasibleConstraintError as error:
+                problem = problem or error
+        if not options and problem is not None:
+            raise problem
+        return options
+
+    def branch(self, sample: int, parts: Sequence[Sourced], known: Known) -> Branch:
+        """One branch; raises if a dimension has nothing left. Whether it can be completed is another question."""
+        cells: dict[tuple[int, int], list[Sourced]] = {}
+        for source, part in parts:
+            if isinstance(part, OneDimensional):
+                for step in part.steps_in(self.horizon):
+                    cells.setdefault((step, int(part.dim)), []).append((source, part))
+        sets = {}
+        for (step, dim), active in sorted(cells.items(), key=lambda item: item[0]):
+            here = [part for _, part in active]
+            members = self.once(("set", dim, repr(here)), lambda d=dim, h=here: self.reaches[d].satisfying(h))
+            if members.is_empty:
+                raise self.reaches[dim].explain(sample, step, [(str(source), part) for source, part in active])
+            sets[step, dim] = members
+        terms = [(source, part) for source, part in parts if not isinstance(part, Constraint)]
+        _check_holds([part for _, part in terms])
+        return self._branch(sets, terms, known)
+
+    def _branch(self, sets, terms: Sequence[Sourced], known: Known) -> Branch:
+        only = [part for _, part in terms]
+        limits = find_limits(only, self.horizon, self.space.dof)
+        extra = find_backups(only, self.rest, self.horizon)
+        key = ("moves", tuple((cell, id(m)) for cell, m in sets.items()), limits.tobytes(), *[e.tobytes() for e in extra])
+        moves = self.once(key, lambda: Moves(self.members, sets, limits, self.rest, extra))
+        start = np.full(self.space.dof, np.nan) if known.last_action is None else known.last_action
+        if known.pose is not None:
+            absolute = np.array([delta is False for delta in self.space.delta])
+            start = np.where(np.isnan(start) & absolute, known.pose, start)
+        laws = Laws(self.space, moves, only, start)
+        tables = None
+        if self.grid and moves.empty is None:
+            tables = self.once(("tables", id(moves)), lambda: LawTables(moves, self.values))
+        return Branch(sets, only, [str(source) for source, _ in terms], laws, tables)
+
+    def certified(self, branches: Sequence[Sequence[Branch]]) -> list[list[bool]]:
+        """For each branch of each sample, whether some completion of the empty chunk is certified."""
+        if not any(branch.terms for ways in branches for branch in ways):
+            return [[True] * len(ways) for ways in branches]
+        if not self.grid:
+            return [[way.laws.moves.empty is None and way.starts() for way in ways] for ways in branches]
+        from hf_vla_actions.constraints.certificate import Certificate
+
+        whole = [[way for way in ways if way.laws.moves.empty is None] for ways in branches]
+        found = [iter(starts) for starts in Certificate(whole, self.values).starts()]  # type: ignore[arg-type]
+        return [
+            [way.laws.moves.empty is None and next(starts) for way in ways]
+            for ways, starts in zip(branches, found, strict=True)
+        ]
+
+    def can_start(self, constraints: Sequence[Constraint], known: Known) -> bool:
+        """Whether these constraints alone can be completed."""
+        try:
+            branches = [self.branch(0, parts, known) for parts in self.ways(constraints, known)]
+        except InfeasibleConstraintError:
+            return False
+        return any(self.certified([branches])[0])
+
+
+class _Sample:
+    """The constraints of one sample on their way to branches."""
+
+    def __init__(self, binder: _Binder, index: int, constraints: list[Constraint], known: Known, n_limits: int):
+        self.binder, self.index, self.known = binder, index, known
+        self.constraints, self.hard = constraints, list(constraints)
+        permanent = constraints[len(constraints) - n_limits :] if n_limits else []
+        self.permanent = {id(c) for c in permanent}
+        self.problem: InfeasibleConstraintError | None = None
+        self.fallback: Fallback | None = None
+        self.branches: list[Branch] = self._branches()
+
+    def _branches(self) -> list[Branch]:
+        self.problem = None
+        branches = []
+        try:
+            for parts in self.binder.ways(self.hard, self.known):
+                try:
+                    branches.append(self.binder.branch(self.index, parts, self.known))
+                except InfeasibleConstraintError as error:
+                    self.problem = self.problem or error
+        except InfeasibleConstraintError as error:
+            self.problem = error
+        return branches
+
+    def settle(self, starts: Sequence[bool], on_infeasible: str) -> None:
+        """Keep the branches that can be completed; where there is none, raise or fall back."""
+        dropped: list[str] = []
+        reason = ""
+        while True:
+            good = [branch for branch, fine in zip(self.branches, starts, strict=True) if fine]
+            if good:
+                self.branches = good
+                self.fallback = Fallback(on_infeasible, tuple(dropped), reason) if dropped else None
+                return
+            guilty, problem = self._explain()
+            if on_infeasible == "raise":
+                raise problem
+            reason = reason or str(problem)
+            if on_infeasible == "hold":
+                self.branches = [self._hold()]
+                self.fallback = Fallback("hold", tuple(str(c) for c in guilty), reason)
+                return
+            least = min(guilty, key=lambda c: id(c) in self.permanent)
+            self.hard = [c for c in self.hard if c is not least]
+            dropped.append(str(least))
+            self.branches = self._branches()
+            starts = self.binder.certified([self.branches])[0]
+
+    def _explain(self) -> tuple[list[Constraint], InfeasibleConstraintError]:
+        """A smallest set of constraints that cannot hold together, and the error that names it."""
+        guilty = list(self.hard)
+        for constraint in self.hard:
+            rest = [c for c in guilty if c is not constraint]
+            if rest and not self.binder.can_start(rest, self.known):
+                guilty = rest
+        if self.problem is not None and not self.branches:
+            return guilty, self.problem
+        return guilty, explain_start(self.binder, self.index, guilty, self.known)
+
+    def _hold(self) -> Branch:
+        """The branch that leaves nothing but to stay as it is."""
+        space, sets = self.binder.space, {}
+        for d in range(space.dof):
+            value = 0.0 if self.binder.rest[d] == 0 and space.delta[d] else self._stays_at(d)
+            here = self.binder.members[d].closest(value) if self.binder.grid else IntervalSet.points(value)
+            sets |= {(t, d): IntervalSet.points(here.lows[:1]) for t in range(self.binder.horizon)}
+        return self.binder._branch(sets, [], self.known)
+
+    def _stays_at(self, d: int) -> float:
+        space, known = self.binder.space, self.known
+        for source in (known.pose if space.delta[d] is False else None, known.last_action):
+            if source is not None and np.isfinite(source[d]):
+                value = np.zeros((1, space.dof))
+                value[0, d] = source[d]
+                return float(space.settle(value)[0, d])
+        raise ConstraintError(
+            f"on_infeasible='hold' has to know where {space.describe(d)} is to keep it there: pass "
+            "Context(last_action=..., pose=...)"
+        )
+
+    def pulls(self) -> dict[tuple[int, int], np.ndarray]:
+        """(n_codes,) nats of all soft constraints of single dimensions, for each (step, dim) that has any."""
+        nats: dict[tuple[int, int], np.ndarray] = {}
+        binder = self.binder
+        if binder.values is None or (self.fallback and self.fallback.kind == "hold"):
+            return nats
+        for part, weight in self._soft_parts():
+            if not isinstance(part, OneDimensional):
+                continue
+            dim = int(part.dim)
+            row, reach = binder.values[dim], binder.reaches[dim]
+            if weight is None:
+                _warn_beyond(part, reach)
+                added = part.nats(row)
+            else:
+                added = -weight * (part.narrow(IntervalSet.everything(), reach.half_bin).nearest(row) - row) ** 2
+            for step in part.steps_in(binder.horizon):
+                nats[step, dim] = nats.get((step, dim), 0.0) + added
+        return nats
+
+    def prices(self) -> list[Price | Pull]:
+        """Soft constraints that depend on the beginning of the chunk."""
+        if self.fallback and self.fallback.kind == "hold":
+            return []
+        parts = [(part, weight) for part, weight in self._soft_parts() if not isinstance(part, OneDimensional)]
+        return [part if isinstance(part, Pull) else Price((part,), weight) for part, weight in parts]  # type: ignore
+
+    def _soft_parts(self) -> list[tuple[Constraint | Term | Pull, float | None]]:
+        binder, found = self.binder, []
+        for source in self.constraints:
+            for part in filter(_is_soft, source.expand(binder.space, binder.horizon, self.known, binder.half_bin)):
+                if not isinstance(part, Soft):
+                    found.append((part, None))
+                    continue
+                inner = part.constraint.expand(binder.space, binder.horizon, self.known, binder.half_bin)
+                found += [(piece, part.weight) for piece in inner]
+        return found  # type: ignore[return-value]
 
 
 def _check_values(values, space: ActionSpace, grid: bool) -> np.ndarray | None:
@@ -243,22 +379,45 @@ def _read_lists(constraints, limits: tuple[Constraint, ...]) -> tuple[list[list[
     return lists, per_sample
 
 
-def _pull(constraints: list[Constraint], row: np.ndarray | None) -> np.ndarray | None:
-    """Nats of all soft constraints of one cell on the token values `row` (n_codes,); None if there is none."""
-    if row is None:
-        return None
-    nats = [pull for pull in (constraint.nats(row) for constraint in constraints) if pull is not None]
-    return np.sum(nats, axis=0) if nats else None
+def _spread(lists: list[list[Constraint]], per_sample: bool, context: Context | None):
+    """One list for each sample that constraints or context have numbers of their own for."""
+    counts = {f"{c}": c.n_samples for sample in lists for c in sample if c.n_samples is not None}
+    if context is not None and context.n_samples is not None:
+        counts["context"] = context.n_samples
+    if per_sample:
+        counts["lists of constraints"] = len(lists)
+    if len(set(counts.values())) > 1:
+        raise ConstraintError(f"numbers for different numbers of samples: {counts}")
+    if not counts:
+        return lists, False
+    n = next(iter(counts.values()))
+    return (lists if per_sample else lists * n), True
 
 
-def _warn_beyond(constraints: list[Constraint], reach: Reach) -> None:
+def _is_soft(part) -> bool:
+    """Whether a part only makes some actions likelier."""
+    return isinstance(part, Pull) or (isinstance(part, Constraint) and not part.is_hard)
+
+
+def _check_holds(terms: Sequence[Term]) -> None:
+    """A gripper that holds has an automaton of its own, which knows nothing of other coupled constraints."""
+    for hold in (term for term in terms if isinstance(term, Hold)):
+        other = [term for term in terms if term is not hold and hold.dim in term.dims]
+        if other:
+            what = "rate limit" if isinstance(other[0], Change) else type(other[0]).__name__
+            raise ConstraintError(
+                f"Sticky cannot be combined with another coupled constraint of the same dimension ({what}); put both into "
+                "one Where, or leave one out"
+            )
+
+
+def _warn_beyond(constraint: Constraint, reach: Reach) -> None:
     """Say once that a soft target lies where no value can go; it still pulls in that direction."""
     low, high = reach.bounds()
-    for constraint in constraints:
-        if isinstance(constraint, Target) and not constraint.hard and not low <= constraint.value <= high:
-            where = f"{low:.6g}..{high:.6g} of {reach.space.describe(reach.dim)}"
-            why = reach.steps_needed(constraint.value)
-            _warn_once(f"{constraint} pulls beyond the reach {where}" + (f". {why}" if why else ""))
+    if isinstance(constraint, Target) and not constraint.hard and not low <= constraint.value <= high:
+        where = f"{low:.6g}..{high:.6g} of {reach.space.describe(reach.dim)}"
+        why = reach.steps_needed(constraint.value)
+        _warn_once(f"{constraint} pulls beyond the reach {where}" + (f". {why}" if why else ""))
 
 
 @lru_cache(maxsize=256)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,12 +17,14 @@ import torch
 from transformers import LogitsProcessor
 
 from hf_vla_actions.constraints import BoundConstraints, bind
+from hf_vla_actions.decoding.masks import CoupledMasks
 from hf_vla_actions.errors import ConstraintError
 
 if TYPE_CHECKING:
     from hf_vla_actions.config import ActionConfig
 
-MODES = ("transport", "mask", "project")
+MODES = ("transport", "mask", "project", "mixture")
+AGREES = 0.5  # mixture: allowed mass from which on constraints act while decoding
 DEAD = (
     "no action token is left{where}: the scores of all allowed tokens are -inf, or one is NaN or +inf, before TACO sees "
     "them (a broken model, another logits processor, or min_new_tokens beyond the action)"
@@ -29,6 +32,11 @@ DEAD = (
 HISTORY = (
     "the ids end in more action tokens than a chunk has, or in a different number of them in each row: the prompt ends in "
     "a history of actions. Pass prompt_length=input_ids.shape[1]"
+)
+
+STRANGER = (
+    "an id among the actions decided so far is no action token: prompt_length does not fit, or another logits processor "
+    "forced it"
 )
 
 
@@ -54,6 +62,7 @@ class _Tables:
 
     ids: torch.Tensor  # (D, K) token id of each code; D = dof if each dimension has ids of its own, else 1
     is_action: torch.Tensor  # (largest id + 2,) bool; the last entry stands for all ids beyond
+    codes: torch.Tensor  # (largest id + 2,) int64 code of each id, -1 where it has none
     allowed: torch.Tensor  # (S, n, K) bool
     receives: torch.Tensor | None  # (S, n, K) bool: some forbidden code moves its mass here
     target: torch.Tensor | None  # (S, n, K) int64: where the mass of each code goes
@@ -77,18 +86,21 @@ class TACOLogitsProcessor(LogitsProcessor):
             begin. A prompt that itself ends in action tokens (a history of actions) needs it: the `generate` of a
             policy refuses such a prompt without it; here only what cannot be anything else is refused (a run of
             action tokens longer than a chunk, or rows whose runs differ).
-        context: what the robot knows now; no constraint of this release needs any.
+        context: what the robot knows now (`Context`), for constraints that start from where it is.
         mode: "mask": forbidden tokens get -inf, the others keep their score. "transport": the probability of each
             forbidden token moves to the nearest allowed one (in real units), the others keep their score. "project":
-            every action token is allowed and only soft targets apply; the caller moves the decoded chunk with
-            `bound.project`, as `predict_action` does.
-        on_infeasible: "raise", the only choice so far.
+            every action token is allowed and only soft constraints apply; the caller moves the decoded chunk with
+            `bound.project`, as `predict_action` does. "mixture": as "mask" wherever the policy gives the allowed tokens
+            at least half of its mass, free elsewhere; the caller projects here, too.
+        on_infeasible: see `bind`: "raise", "hold" (the tokens nearest to staying still) or "nearest".
         temperature: the temperature that `generate` will sample with. It is applied after this processor and would
             widen the sigma of a soft target by its square root; pulls are multiplied by it here, so sigma holds. In
             "transport" the probabilities that move are those before temperature.
+        speculative: tokens that were guessed and will be thrown away may come before the one to score (prompt lookup):
+            after ones that no constraint would have let through, anything is allowed instead of an error.
 
     Attributes:
-        bound: the checked constraints (`BoundConstraints`), with `project`, `violations` and `check_batch`.
+        bound: the checked constraints (`BoundConstraints`), with `project`, `violations`, `fallbacks` and `check_batch`.
 
     Raises:
         InfeasibleConstraintError: nothing is left of a dimension; at construction, before any forward pass.
@@ -110,13 +122,10 @@ class TACOLogitsProcessor(LogitsProcessor):
         on_infeasible: str = "raise",
         *,
         temperature: float = 1.0,
+        speculative: bool = False,
     ):
         if mode not in MODES:
             raise ConstraintError(f"mode must be one of {list(MODES)}, got {mode!r}")
-        if on_infeasible != "raise":
-            raise ConstraintError(f"on_infeasible can only be 'raise' in this release, got {on_infeasible!r}")
-        if context is not None:
-            raise ConstraintError("context was given, but no constraint of this release uses one; leave it out")
         whole = isinstance(prompt_length, (int, np.integer)) and not isinstance(prompt_length, bool)
         if prompt_length is not None and (not whole or prompt_length < 0):
             raise ConstraintError(f"prompt_length is a number of tokens (input_ids.shape[1]), got {prompt_length!r}")
@@ -132,26 +141,42 @@ class TACOLogitsProcessor(LogitsProcessor):
         self.mode = mode
         self.temperature = float(temperature)
         self.prompt_length = None if prompt_length is None else int(prompt_length)
-        self.bound: BoundConstraints = bind(
+        bind_here = partial(
+            bind,
             constraints,
             action_config.space(key),
             values,
             action_config.horizon,
             limits=tuple(action_config.limits),
-            grid=mode != "project",
+            context=context,
         )
-        self.n_tokens = action_config.horizon * values.shape[0]
+        self.bound: BoundConstraints = bind_here(
+            grid=mode in ("mask", "transport"), on_infeasible=on_infeasible
+        )
+        # Tokens are chosen on the grid even where the result is projected off it; there nothing has to be left.
+        self._loop = bind_here(on_infeasible="nearest") if mode == "mixture" else self.bound
+        self.speculative = bool(speculative)
+        self.dof = values.shape[0]
+        self.n_tokens = action_config.horizon * self.dof
+        self._open: list[bool] = []  # positions where no constraint of a single dimension forbids anything
         self._arrays = self._build()
         self._tables: dict[torch.device, _Tables] = {}
+        self._masks: dict[torch.device, CoupledMasks] = {}
+
+    @property
+    def is_coupled(self) -> bool:
+        """True if what is allowed depends on the tokens before; the ids are then read back at every step."""
+        return not self._loop.is_static
 
     def _build(self) -> dict[str, np.ndarray | None]:
         """The tables as NumPy arrays, (S, n, K) each."""
-        bound, shape = self.bound, (self.bound.n_samples, self.n_tokens, self.vocabulary.n_codes)
+        bound, shape = self._loop, (self._loop.n_samples, self.n_tokens, self.vocabulary.n_codes)
         arrays: dict[str, np.ndarray | None] = {"receives": None, "target": None, "bias": None}
-        allowed = np.ones(shape, dtype=bool) if self.mode == "project" else bound.allowed.reshape(shape)
+        free = self.mode == "project"
+        allowed = np.ones(shape, dtype=bool) if free else bound.allowed.reshape(shape)
         arrays["allowed"] = allowed
-        self._open: list[bool] = list(np.all(allowed, axis=(0, 2)))  # positions where nothing is forbidden
-        if self.mode == "transport" and not allowed.all():
+        self._open = list(np.all(allowed, axis=(0, 2)))
+        if self.mode == "transport" and not self.is_coupled and not allowed.all():
             target = bound.nearest.reshape(shape)
             receives = np.zeros(shape, dtype=bool)
             samples, positions, codes = np.nonzero(~allowed)
@@ -183,7 +208,10 @@ class TACOLogitsProcessor(LogitsProcessor):
             return out  # type: ignore[return-value]
         ids = self._ids_at(tables, position)
         chosen = scores.index_select(1, ids) if ids.ndim == 1 else scores.gather(1, ids)
-        actions = self._constrain(chosen, tables, position)
+        if self.is_coupled:
+            actions = self._constrain_coupled(chosen, tables, position, input_ids)
+        else:
+            actions = self._constrain(chosen, tables, position)
         best = actions.amax(dim=1)
         if isinstance(position, torch.Tensor):
             done = position >= self.n_tokens
@@ -226,11 +254,63 @@ class TACOLogitsProcessor(LogitsProcessor):
         if self._open[position] if isinstance(position, int) else all(self._open):
             return actions.to(dtype)
         allowed = self._select(tables.allowed, position, rows)
+        if self.mode == "mixture":
+            allowed = allowed | ~_agrees(actions, allowed)
         if tables.target is not None and tables.receives is not None:
             target = self._select(tables.target, position, rows).expand(rows, -1)
             received = _sum_by_target(actions.to(torch.promote_types(dtype, torch.float32)), target)
             actions = torch.where(self._select(tables.receives, position, rows), received.to(actions.dtype), actions)
         return torch.where(allowed, actions, -torch.inf).to(dtype)
+
+    def _constrain_coupled(self, actions: torch.Tensor, tables: _Tables, position, input_ids: torch.Tensor):
+        """The same where what is allowed depends on the tokens before."""
+        if isinstance(position, torch.Tensor):
+            # Rows advance together; those that have ended get scores that nobody reads.
+            reached = int(position.max())
+            if reached >= self.n_tokens:
+                return actions
+            position = reached
+        codes = self._codes(tables, input_ids, position)
+        masks = self._masks_on(actions.device)
+        rows, dtype = len(actions), actions.dtype
+        wide = actions.to(torch.promote_types(dtype, torch.float32))
+        allowed = None if self.mode == "project" else masks.allowed(codes)
+        if allowed is None and not self._open[position]:
+            allowed = self._select(tables.allowed, position, rows).expand(rows, -1)
+        allowed = masks.keep_state(codes, wide, allowed)
+        bias = masks.bias(codes)
+        if bias is not None:
+            bias = bias * self.temperature
+            wide = wide + (bias - bias.amax(dim=1, keepdim=True)).clamp(min=-1e30).to(wide.dtype)
+        if tables.bias is not None:
+            wide = wide + self._select(tables.bias, position, rows)
+        if allowed is None:
+            return wide.to(dtype)
+        if self.mode == "mixture":
+            allowed = allowed | ~_agrees(wide, allowed)
+        if self.speculative:
+            allowed = allowed | ~allowed.any(dim=1, keepdim=True)
+        if self.mode == "transport":
+            target = masks.nearest(allowed, position % self.dof)
+            received = _sum_by_target(wide, target)
+            moved = torch.zeros_like(wide).scatter_add(1, target, (~allowed).to(wide.dtype))
+            receives = moved > 0
+            wide = torch.where(receives, received, wide)
+        return torch.where(allowed, wide, -torch.inf).to(dtype)
+
+    def _codes(self, tables: _Tables, input_ids: torch.Tensor, position: int) -> torch.Tensor:
+        """(rows, position) codes of the chunk decided so far."""
+        recent = input_ids[:, input_ids.shape[1] - position :].clamp(0, len(tables.is_action) - 1)
+        codes = tables.codes[recent]
+        if self.speculative:
+            return codes.clamp(min=0)
+        _require((codes >= 0).all(), STRANGER)
+        return codes.clamp(min=0)
+
+    def _masks_on(self, device: torch.device) -> CoupledMasks:
+        if device not in self._masks:
+            self._masks[device] = CoupledMasks(self._loop, device)
+        return self._masks[device]
 
     def _select(self, table: torch.Tensor, position: int | torch.Tensor, rows: int) -> torch.Tensor:
         """The entries of a table (S, n, K) for each row: (rows, K), or (1, K) where all rows have the same."""
@@ -283,8 +363,16 @@ class TACOLogitsProcessor(LogitsProcessor):
             ids = torch.tensor(np.atleast_2d(self.vocabulary.token_ids), device=device)
             is_action = torch.zeros(int(self.vocabulary.token_ids.max()) + 2, dtype=torch.bool, device=device)
             is_action[ids.reshape(-1)] = True
-            self._tables[device] = _Tables(ids=ids, is_action=is_action, **arrays)  # type: ignore[arg-type]
+            codes = torch.full(is_action.shape, -1, dtype=torch.int64, device=device)
+            codes[ids] = torch.arange(ids.shape[1], device=device).expand_as(ids)
+            self._tables[device] = _Tables(ids=ids, is_action=is_action, codes=codes, **arrays)  # type: ignore[arg-type]
         return self._tables[device]
+
+
+def _agrees(scores: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
+    """(rows, 1) bool: whether the allowed action tokens hold enough of the probability of all action tokens."""
+    p = torch.softmax(scores.to(torch.promote_types(scores.dtype, torch.float32)), dim=1)
+    return (p * allowed).sum(dim=1, keepdim=True) >= AGREES
 
 
 def _require(condition: torch.Tensor, message: str) -> None:

@@ -1,0 +1,153 @@
+"""The laws on a token grid: which code follows which, as lookup tables."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import numpy as np
+
+from hf_vla_actions.constraints.laws import Moves
+from hf_vla_actions.constraints.terms import WeightedSum, Zone
+
+FINE = 48  # bits of the largest sum: sums of values rounded to this are exact in float64, in any order
+
+
+class LawTables:
+    """Codes instead of values; J laws, T steps, K codes of one dimension.
+
+    Args:
+        moves: what can be reached, on the token grid.
+        values: (dof, n_codes) real value of each code.
+    """
+
+    def __init__(self, moves: Moves, values: np.ndarray):
+        self.moves, self.values = moves, values
+        self.n_laws, self.horizon = len(moves.goals), len(moves.viable)
+        self._memory: dict[tuple[str, int], np.ndarray] = {}
+
+    @cached_property
+    def viable(self) -> np.ndarray:
+        """(T, dof, K) bool: codes whose value is viable."""
+        out = np.empty((self.horizon, *self.values.shape), dtype=bool)
+        known: dict[tuple[int, int], np.ndarray] = {}
+        for t, row in enumerate(self.moves.viable):
+            for d, members in enumerate(row):
+                key = (id(members), d)
+                if key not in known:
+                    known[key] = members.contains(self.values[d])
+                out[t, d] = known[key]
+        return out
+
+    def codes_of(self, dim: int, values: np.ndarray) -> np.ndarray:
+        """The lowest code with each of these values of the grid."""
+        known, first = np.unique(self.values[dim], return_index=True)
+        return first[np.searchsorted(known, values)]
+
+    def following(self, dim: int) -> np.ndarray:
+        """(J, T, K): the code at step t after each code at step t - 1; row t = 0 is not used."""
+        return self._once("following", dim, self._following)
+
+    def paths(self, dim: int) -> np.ndarray:
+        """(J, T, K, T): the code at each step s >= t when code k is taken at step t; before t the code k itself."""
+        return self._once("paths", dim, self._paths)
+
+    def extremes(self, dim: int) -> np.ndarray:
+        """(2, T, K): the code at step t that goes as low, or as high, as it can from each code at step t - 1."""
+        return self._once("extremes", dim, self._extremes)
+
+    def first(self, dim: int, start: float) -> np.ndarray:
+        """(J + 2,): codes at step 0, by each law and by going as low and as high as it can."""
+        before = np.array([start])
+        values = [self.moves.step(j, 0, dim, before)[0] for j in range(self.n_laws)]
+        values += [self.moves.step(0, 0, dim, before, np.array([goal]))[0] for goal in self._ends(dim)]
+        return self.codes_of(dim, np.array(values))
+
+    def _once(self, name: str, dim: int, make) -> np.ndarray:
+        if (name, dim) not in self._memory:
+            self._memory[name, dim] = make(dim)
+        return self._memory[name, dim]
+
+    def _following(self, dim: int) -> np.ndarray:
+        row, moves = self.values[dim], self.moves
+        out = np.zeros((self.n_laws, self.horizon, len(row)), dtype=np.int64)
+        for law in range(self.n_laws):
+            known: dict[tuple, np.ndarray] = {}
+            for t in range(1, self.horizon):
+                key = (id(moves.viable[t][dim]), moves.limits[t, dim], float(moves.goals[law][t, dim]))
+                if key not in known:
+                    known[key] = self.codes_of(dim, moves.step(law, t, dim, row))
+                out[law, t] = known[key]
+        return out
+
+    def _paths(self, dim: int) -> np.ndarray:
+        following, n = self.following(dim), self.values.shape[1]
+        out = np.empty((self.n_laws, self.horizon, n, self.horizon), dtype=np.int64)
+        out[...] = np.arange(n)[:, None]
+        for s in range(1, self.horizon):
+            for law in range(self.n_laws):
+                out[law, :s, :, s] = following[law, s][out[law, :s, :, s - 1]]
+        return out
+
+    def _extremes(self, dim: int) -> np.ndarray:
+        row = self.values[dim]
+        out = np.zeros((2, self.horizon, len(row)), dtype=np.int64)
+        for i, goal in enumerate(self._ends(dim)):
+            for t in range(1, self.horizon):
+                out[i, t] = self.codes_of(dim, self.moves.step(0, t, dim, row, np.full(len(row), goal)))
+        return out
+
+    def _ends(self, dim: int) -> tuple[float, float]:
+        return float(self.values[dim].min()), float(self.values[dim].max())
+
+
+class Amounts:
+    """What each code of one dimension adds to a weighted sum or to a position, rounded so that sums are exact.
+
+    A chunk then has the same sums to the last bit whichever of its tokens is being decoded, on any device: what was
+    certified once stays certified.
+
+    Args:
+        tables: laws as tables.
+        dim: the dimension.
+        amounts: (K,) float64, already rounded.
+        counted: (T,) bool or None: steps that count.
+        cumulative: sums over steps instead of single ones.
+    """
+
+    def __init__(self, tables: LawTables, dim: int, amounts: np.ndarray, counted: np.ndarray | None, cumulative: bool):
+        self.amounts = amounts
+        taken = amounts[tables.paths(dim)]  # (J, T, K, T)
+        steps = np.arange(tables.horizon)
+        after = steps[None, :] >= steps[:, None]
+        mask = after if counted is None else after & counted[None, :]
+        taken = np.where(mask[None, :, None, :], taken, 0.0)
+        self.paths = np.cumsum(taken, axis=-1) if cumulative else taken
+        later = np.where(after[None, :, None, :], self.paths, -np.inf)
+        self.falls = bool((later.max(axis=-1) <= _own(self.paths)).all())  # no later sum is above that of step t
+
+
+def _own(paths: np.ndarray) -> np.ndarray:
+    """(J, T, K) entries of (J, T, K, T) at s = t."""
+    return np.moveaxis(np.diagonal(paths, axis1=1, axis2=3), -1, 1)
+
+
+def grain(largest: float) -> float:
+    """A power of two of which numbers up to `largest` are exact multiples after rounding, their sums included."""
+    return float(2.0 ** (np.ceil(np.log2(max(largest, 1e-300))) - FINE))
+
+
+def amounts_of(term: WeightedSum, values: np.ndarray, horizon: int) -> tuple[list[np.ndarray], float]:
+    """Rounded amounts (K,) of each dimension of a sum, and how much rounding can add up to."""
+    raw = [term.weigh(values[d], i) for i, d in enumerate(term.dims)]
+    times = horizon if term.cumulative else 1
+    step = grain(times * sum(np.abs(a).max() for a in raw))
+    return [np.round(a / step) * step for a in raw], step * times * len(raw)
+
+
+def positions_of(zone: Zone, values: np.ndarray, horizon: int) -> tuple[list[np.ndarray], np.ndarray, float]:
+    """Rounded moves (K,) of each dimension of a zone, its rounded origin, and a margin that covers all rounding."""
+    raw = [values[d] for d in zone.dims]
+    largest = horizon * max(np.abs(a).max() for a in raw) + np.abs(zone.origin).max()
+    largest = max(largest, np.abs(zone.low).max(), np.abs(zone.high).max())
+    step = grain(largest)
+    return [np.round(a / step) * step for a in raw], np.round(zone.origin / step) * step, 1e-9 * largest
