@@ -1,0 +1,210 @@
+"""Moving decoded chunks into what is allowed: as little as possible, and with a guarantee.
+
+First the nearest chunk within everything convex, then the certificate walk for what is still outside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from hf_vla_actions.actions import ActionSpace
+from hf_vla_actions.constraints.allowed import Allowed, keeps
+from hf_vla_actions.constraints.intervals import IntervalSet
+from hf_vla_actions.constraints.nearest import CLOSE, Nearest
+from hf_vla_actions.constraints.terms import Term, WeightedSum
+from hf_vla_actions.constraints.walk import Completing, Walk
+from hf_vla_actions.errors import ConstraintError
+
+STYLES = ("axis", "direction")
+DRAWN = (1e-6, 1e-5, 1e-4, 1e-3)  # how far a chunk that is just outside is drawn inside
+PARTS, SCALINGS = 32, 6  # factors tried at once, and how often between two neighbors: 2**-30 of the way at last
+SINGLE_VALUES = 2  # a set of more single values than this is a grid: solved as if values between them were allowed
+
+
+def project_chunks(
+    chunks: np.ndarray,
+    sets: Mapping[tuple[int, int], IntervalSet],
+    terms: Sequence[Term],
+    laws: Completing,
+    space: ActionSpace,
+    style: str = "axis",
+) -> np.ndarray:
+    """Move chunks of one sample into the allowed set.
+
+    Args:
+        chunks: (n, horizon, dof) finite numbers in real units; a binary gripper is in one of its two states.
+        sets: values that constraints leave, for the (step, dim) that have any.
+        terms: coupled constraints.
+        laws: ways of completing a beginning of a chunk; one of them must lead from the start to an allowed chunk.
+        space: meaning of the numbers.
+        style: "axis": as close to the given chunk as possible; "direction": the translation (and likewise the
+            rotation) of each step keeps its direction and gets smaller.
+
+    Returns:
+        float64 of the same shape, a new array. Every number is in its set and no term has any excess, exactly. A
+        chunk that is allowed already is returned bit by bit. Each chunk is moved without regard to the others.
+
+    Raises:
+        ConstraintError: an unknown style, or no law leads from the start to an allowed chunk.
+    """
+    if style not in STYLES:
+        raise ConstraintError(f"style is one of {list(STYLES)}, got {style!r}")
+    out = np.array(chunks, dtype=np.float64)
+    allowed = Allowed(sets, terms)
+    rows = np.flatnonzero(~allowed.exactly(out))
+    if not len(rows):
+        return out
+    task = _Task(out[rows], allowed, terms, laws, space)
+    wanted = task.by_direction() if style == "direction" else task.by_axis()
+    left = ~allowed.safely(wanted)
+    out[rows[~left]] = wanted[~left]
+    if left.any():
+        groups = task.scaled if style == "direction" else []
+        single = [[d] for d in range(space.dof) if not any(d in group for group in groups)]
+        walk = Walk(wanted[left], allowed, laws, [*groups, *single], task.switches, first=style == "direction")
+        out[rows[left]] = walk.run()
+    return out
+
+
+class _Task:
+    """The chunks (n, horizon, dof) of one call that are not allowed, and the two ways of wanting something better."""
+
+    def __init__(
+        self, chunks: np.ndarray, allowed: Allowed, terms: Sequence[Term], laws: Completing, space: ActionSpace
+    ):
+        self.chunks, self.allowed, self.laws = chunks, allowed, laws
+        self.convex = Nearest(terms, *chunks.shape[1:])
+        self.sums = [term for term in terms if isinstance(term, WeightedSum) and not term.cumulative]
+        gripper = space.gripper
+        dim = None if gripper is None else space.index(gripper.dim)
+        self.switches = [dim] if gripper is not None and dim is not None and gripper.binary else []
+        units = [space.units[d] if space.delta[d] and d != dim else None for d in range(space.dof)]
+        self.scaled = [group for unit in ("m", "rad") if (group := [d for d, u in enumerate(units) if u == unit])]
+        self.cells = self._find_cells()
+
+    def _find_cells(self) -> list[tuple[IntervalSet, np.ndarray, np.ndarray]]:
+        """What each (step, dim) can be at all: different sets, each with its steps and dims."""
+        places: dict[bytes, tuple[IntervalSet, list[tuple[int, int]]]] = {}
+        low, high = self.convex.local
+        for t, d in np.ndindex(low.shape):
+            members = self.laws.viable(t, d)
+            if np.isfinite(low[t, d]) or np.isfinite(high[t, d]):
+                near = np.clip(members.nearest(np.clip(0.0, low[t, d], high[t, d])), low[t, d], high[t, d])
+                if members.contains(near):  # else the walk has to find out
+                    members = members.intersect(IntervalSet.from_pairs([(low[t, d], high[t, d])]))
+            places.setdefault(members.pairs.tobytes(), (members, []))[1].append((t, d))
+        return [(members, *np.array(cells).T) for members, cells in places.values()]
+
+    def nearest(self, chunks: np.ndarray) -> np.ndarray:
+        """The nearest member for each number (n, horizon, dof)."""
+        out = np.array(chunks)
+        for members, steps, dims in self.cells:
+            out[:, steps, dims] = members.nearest(chunks[:, steps, dims])
+        return out
+
+    def _intervals(self, near: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Bounds of the interval that each member (n, horizon, dof) is in; of a grid, of all its values."""
+        low, high = np.empty_like(near), np.empty_like(near)
+        for members, steps, dims in self.cells:
+            if len(members.pairs) > SINGLE_VALUES and (members.lows == members.highs).all():
+                low[:, steps, dims], high[:, steps, dims] = members.lows[0], members.highs[-1]
+                continue
+            at = np.searchsorted(members.lows, near[:, steps, dims], side="right") - 1
+            low[:, steps, dims], high[:, steps, dims] = members.lows[at], members.highs[at]
+        for d in self.switches:
+            low[:, :, d] = high[:, :, d] = near[:, :, d]
+        return low, high
+
+    def by_axis(self) -> np.ndarray:
+        """The nearest chunks within everything convex, numbers that need not move at all as they were."""
+        near = self.nearest(self.chunks)
+        if self.convex.is_trivial:
+            return near
+        left = np.flatnonzero(~self.allowed.safely(near))
+        if not len(left):
+            return near
+        solved = self.nearest(self.convex.solve(self.chunks[left], *self._intervals(near[left])))
+        moved = np.abs(solved - self.chunks[left]).max(axis=(1, 2), keepdims=True)
+        kept = np.where(np.abs(solved - near[left]) <= 2 * CLOSE * moved, near[left], solved)
+        fine = self.allowed.safely(kept)
+        near[left] = np.where(fine[:, None, None], kept, solved)
+        return self._other_sides(self._drawn_back(near))
+
+    def _other_sides(self, chunks: np.ndarray) -> np.ndarray:
+        """Where the nearest sides of gaps do not go together: the nearest chunk on the sides that some law takes."""
+        out, left = chunks.copy(), np.flatnonzero(~self.allowed.safely(chunks))
+        gaps = any(
+            len(members.pairs) > 1 and not np.isin(dims, self.switches).all() for members, _, dims in self.cells
+        )
+        shortest = np.full(len(left), np.inf)
+        for law in range(self.laws.n_laws if gaps and len(left) else 0):
+            inside = self.nearest(self.laws.complete(law, chunks[left], 0, 0))
+            inside[:, :, self.switches] = chunks[left][:, :, self.switches]
+            solved = self._drawn_back(self.nearest(self.convex.solve(self.chunks[left], *self._intervals(inside))))
+            way = np.linalg.norm((solved - self.chunks[left]).reshape(len(left), -1), axis=1)
+            closer = self.allowed.safely(solved) & (way < shortest)
+            out[left[closer]], shortest[closer] = solved[closer], way[closer]
+        return out
+
+    def _drawn_back(self, chunks: np.ndarray) -> np.ndarray:
+        """Chunks that are just outside, drawn toward a completion inside until they are in; others as they are."""
+        out = chunks.copy()
+        for law in range(self.laws.n_laws):
+            left = np.flatnonzero(~self.allowed.safely(out))
+            if not len(left):
+                break
+            inside = self.laws.complete(law, chunks[left], 0, 0)
+            inside[:, :, self.switches] = chunks[left][:, :, self.switches]
+            for share in DRAWN:
+                tried = chunks[left] + share * (inside - chunks[left])
+                tried = np.where(chunks[left] == inside, inside, tried)
+                fine = self.allowed.safely(tried) & (out[left] == chunks[left]).all(axis=(1, 2))
+                out[left[fine]] = tried[fine]
+        return out
+
+    def by_direction(self) -> np.ndarray:
+        """Each step with its translation and its rotation scaled down into sets and norms; the rest number by number."""
+        near = self.nearest(self.chunks)
+        out = near.copy()
+        for group in self.scaled:
+            out[:, :, group] = self.chunks[:, :, group]
+        rest = self.nearest(np.zeros_like(self.chunks))
+        for group in self.scaled:
+            factor = self._scaling(out, rest, group)
+            scaled = rest[:, :, group] + factor[..., None] * (out[:, :, group] - rest[:, :, group])
+            scaled = np.where(factor[..., None] == 1.0, out[:, :, group], scaled)
+            out[:, :, group] = np.where(factor[..., None] < 0, near[:, :, group], scaled)
+        return out
+
+    def _scaling(self, chunks: np.ndarray, rest: np.ndarray, group: list[int]) -> np.ndarray:
+        """(n, horizon) largest factors found for a group of dimensions; negative where not even `rest` is allowed."""
+        chunks = chunks.copy()
+        others = [d for other in self.scaled if other is not group for d in other]
+        chunks[:, :, others] = rest[:, :, others]  # each group for itself first: norms of both are for the walk
+        best = self._fits(chunks, rest, group, np.ones((1, *chunks.shape[:2])))[0] * 2.0 - 1.0
+        best = np.where(best > 0, best, self._fits(chunks, rest, group, np.zeros((1, *best.shape)))[0] - 1.0)
+        low, width, search = np.zeros_like(best), 1.0, best == 0
+        for _ in range(SCALINGS if search.any() else 0):
+            factors = low + width * np.arange(1, PARTS + 1).reshape(-1, 1, 1) / PARTS
+            fits = self._fits(chunks, rest, group, np.minimum(factors, 1.0))
+            low = np.maximum(low, np.where(fits, factors, 0.0).max(axis=0))
+            width /= PARTS
+        return np.where(search, low, best)
+
+    def _fits(self, chunks: np.ndarray, rest: np.ndarray, group: list[int], factors: np.ndarray) -> np.ndarray:
+        """(k, n, horizon) bool: whether a group scaled by factors of the same shape is within sets and sums."""
+        shape = (*factors.shape, chunks.shape[2])
+        tried = np.broadcast_to(chunks, shape).copy()
+        part, base = chunks[:, :, group], rest[:, :, group]
+        tried[..., group] = np.where(factors[..., None] == 1.0, part, base + factors[..., None] * (part - base))
+        flat = tried.reshape(-1, *chunks.shape[1:])
+        inside = np.ones(flat.shape, dtype=bool)
+        for members, steps, dims in self.cells:
+            inside[:, steps, dims] = members.contains(flat[:, steps, dims])
+        ok = inside[:, :, group].all(axis=2)
+        for term in self.sums:
+            if set(term.dims) & set(group):
+                ok &= keeps(term, flat)
+        return ok.reshape(factors.shape)
