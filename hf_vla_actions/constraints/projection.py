@@ -83,6 +83,7 @@ class _Task:
         units = [space.units[d] if space.delta[d] and d != dim else None for d in range(space.dof)]
         self.scaled = [group for unit in ("m", "rad") if (group := [d for d, u in enumerate(units) if u == unit])]
         self.cells = self._find_cells()
+        self.starts: dict[int, np.ndarray] = {}  # what each law makes of the start, once it is asked for
 
     def _find_cells(self) -> list[tuple[IntervalSet, np.ndarray, np.ndarray]]:
         """What each (step, dim) can be at all: different sets, each with its steps and dims."""
@@ -132,6 +133,14 @@ class _Task:
         near[left] = np.where(fine[:, None, None], kept, solved)
         return self._other_sides(self._drawn_back(near))
 
+    def _completion(self, law: int, chunks: np.ndarray) -> np.ndarray:
+        """What a law makes of the start, the gripper as in `chunks`."""
+        if law not in self.starts:
+            self.starts[law] = self.laws.complete(law, chunks[:1], 0, 0)
+        completion = np.repeat(self.starts[law], len(chunks), axis=0)
+        completion[:, :, self.switches] = chunks[:, :, self.switches]
+        return completion
+
     def _other_sides(self, chunks: np.ndarray) -> np.ndarray:
         """Where the nearest sides of gaps do not go together: the nearest chunk on the sides that some law takes."""
         out, left = chunks.copy(), np.flatnonzero(~self.allowed.safely(chunks))
@@ -140,8 +149,7 @@ class _Task:
         )
         shortest = np.full(len(left), np.inf)
         for law in range(self.laws.n_laws if gaps and len(left) else 0):
-            inside = self.nearest(self.laws.complete(law, chunks[left], 0, 0))
-            inside[:, :, self.switches] = chunks[left][:, :, self.switches]
+            inside = self.nearest(self._completion(law, chunks[left]))
             solved = self._drawn_back(self.nearest(self.convex.solve(self.chunks[left], *self._intervals(inside))))
             way = np.linalg.norm((solved - self.chunks[left]).reshape(len(left), -1), axis=1)
             closer = self.allowed.safely(solved) & (way < shortest)
@@ -155,8 +163,7 @@ class _Task:
             left = np.flatnonzero(~self.allowed.safely(out))
             if not len(left):
                 break
-            inside = self.laws.complete(law, chunks[left], 0, 0)
-            inside[:, :, self.switches] = chunks[left][:, :, self.switches]
+            inside = self._completion(law, chunks[left])
             for share in DRAWN:
                 tried = chunks[left] + share * (inside - chunks[left])
                 tried = np.where(chunks[left] == inside, inside, tried)

@@ -83,18 +83,18 @@ class Walk:
         return self.safe
 
     def _start(self) -> np.ndarray:
-        safe, ok = self._completions(0, np.arange(len(self.wanted)), self.wanted)
-        if not ok.any(axis=1).all():
+        made, ok = self._completions(0, self.wanted[:1])  # without any beginning, all chunks are completed alike
+        if not ok.any():
             raise ConstraintError(
                 "no way of completing the chunk from its start is within all constraints: the present state, the last "
                 "action or the constraints leave nothing to move to; relax one of them, or name a backup"
             )
-        return safe[np.arange(len(safe)), ok.argmax(axis=1)]
+        return np.repeat(made[:, ok[0].argmax()], len(self.wanted), axis=0)
 
-    def _completions(self, t: int, rows: np.ndarray, chunks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _completions(self, t: int, chunks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """What each law makes of chunks from step t on (m, laws, horizon, dof), and whether it is allowed."""
         made = np.stack([self.laws.complete(law, chunks, t, 0) for law in range(self.laws.n_laws)], axis=1)
-        ok = self.allowed.safely(made.reshape(-1, self.horizon, self.dof)).reshape(len(rows), -1)
+        ok = self.allowed.safely(made.reshape(-1, self.horizon, self.dof)).reshape(len(chunks), -1)
         return made, ok
 
     def _certify(self, t: int, rows: np.ndarray, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -126,7 +126,7 @@ class Walk:
 
     def _blend(self, t: int, rows: np.ndarray) -> None:
         wanted = self.wanted[rows, t]
-        made, ok = self._completions(t, rows, self.safe[rows])
+        made, ok = self._completions(t, self.safe[rows])
         starts = np.concatenate([made[:, :, t], self.safe[rows, None, t]], axis=1)  # (m, laws + 1, dof)
         ok = np.concatenate([ok, np.ones((len(rows), 1), dtype=bool)], axis=1)
         self._switch(t, rows, starts, ok)
