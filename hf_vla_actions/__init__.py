@@ -20,6 +20,8 @@ _HOME = {
     "ActionConfig": "config",
     "Context": "constraints",
     "TACOLogitsProcessor": "decoding",
+    "TACOLoss": "decoding",
+    "taco_loss": "decoding",
     "ActionOutput": "models",
     "ActionPredictionMixin": "models",
     "AutoModelForActionPrediction": "models",
@@ -42,7 +44,7 @@ if TYPE_CHECKING:
     from hf_vla_actions.actions import ActionSpace, ActionStats, BinGrid, Gripper, NormStats
     from hf_vla_actions.config import ActionConfig
     from hf_vla_actions.constraints import Context
-    from hf_vla_actions.decoding import TACOLogitsProcessor
+    from hf_vla_actions.decoding import TACOLogitsProcessor, TACOLoss, taco_loss
     from hf_vla_actions.errors import InfeasibleConstraintError, VLAActionsError
     from hf_vla_actions.models import (
         ActionOutput,

@@ -1,5 +1,15 @@
-"""LogitsProcessors that let a language model emit actions, and only such actions as satisfy the constraints."""
+"""What constraints do to a language model that emits actions: LogitsProcessor, report on its distributions, loss."""
 
+from hf_vla_actions.decoding.confidence import confidence
+from hf_vla_actions.decoding.loss import TACOLoss, taco_loss
+from hf_vla_actions.decoding.report import ConfidenceReport, effective_sample_size
 from hf_vla_actions.decoding.taco import TACOLogitsProcessor
 
-__all__ = ["TACOLogitsProcessor"]
+__all__ = [
+    "ConfidenceReport",
+    "TACOLogitsProcessor",
+    "TACOLoss",
+    "confidence",
+    "effective_sample_size",
+    "taco_loss",
+]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
@@ -169,6 +170,20 @@ class VLATrainingArguments(TrainingArguments):
     freeze_vision: bool = field(
         default=False, metadata={"help": "In full fine-tuning, keep the vision tower and the projector as they are."}
     )
+    taco_loss_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "Add this many times the expected squared violation of constraints (in real units squared, so 1e3 to "
+            "1e5 for meters) to the cross entropy, so that the policy itself learns to keep them."
+        },
+    )
+    taco_constraints: str | None = field(
+        default=None,
+        metadata={
+            "help": "For --taco_loss_weight: constraints such as 'Range(x, -0.005, 0.005); Speed([x, y], 0.02)'. Default: "
+            "the permanent limits of the policy."
+        },
+    )
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Train into a folder that is not empty."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Kept false: pictures are columns too."})
     logging_steps: float = field(default=10, metadata={"help": "Steps between two lines of the log."})
@@ -177,6 +192,10 @@ class VLATrainingArguments(TrainingArguments):
     def __post_init__(self):
         if not self.output_dir:
             raise TrainingError("nowhere to save the policy: pass --output_dir")
+        if not (math.isfinite(self.taco_loss_weight) and self.taco_loss_weight >= 0):
+            raise TrainingError(f"taco_loss_weight is a number of at least 0, got {self.taco_loss_weight}")
+        if self.taco_constraints is not None and not self.taco_loss_weight:
+            raise TrainingError("taco_constraints do nothing without a weight: pass --taco_loss_weight, such as 1e4")
         self.label_names = ["labels"]
         self.learning_rate_was_given = self.learning_rate is not None
         self.learning_rate = self.learning_rate if self.learning_rate_was_given else FULL_LEARNING_RATE

@@ -17,7 +17,7 @@ from hf_vla_actions.errors import TrainingError
 from hf_vla_actions.models.families import OPENVLA_TYPE
 from hf_vla_actions.train.arguments import LoraArguments, VLATrainingArguments
 from hf_vla_actions.train.lora import add_lora, freeze_vision
-from hf_vla_actions.train.trainer import VLATrainer
+from hf_vla_actions.train.trainer import VLATrainer, taco_loss_of
 
 TRAIN_SAMPLE = 64
 METRICS_FILE = "action_metrics.json"
@@ -52,6 +52,7 @@ def fine_tune(
         The trained model (a PeftModel with LoRA) and the metrics: those of held-out episodes start with `eval_`,
         those of a sample of the training data with `train_`.
     """
+    taco_loss_of(policy.action_config, args, policy.action_config.resolve(unnorm_key))  # before an old run is removed
     checkpoint = prepare_output(args)
     if checkpoint is not None:
         check_same_config(policy.action_config, checkpoint)

@@ -10,9 +10,12 @@ import torch
 from transformers import Trainer
 
 from hf_vla_actions.config import ActionConfig
+from hf_vla_actions.constraints.text import parse_constraints
+from hf_vla_actions.decoding import TACOLoss
 from hf_vla_actions.errors import TrainingError
 from hf_vla_actions.metrics import action_metrics, gripper_accuracy, token_accuracy
 from hf_vla_actions.models import ActionPredictionMixin, load_model, save_adapter
+from hf_vla_actions.train.arguments import VLATrainingArguments
 from hf_vla_actions.train.collator import IGNORED, ActionCollator, action_loss
 
 
@@ -30,11 +33,14 @@ class VLATrainer(Trainer):
         policy: Any = model if isinstance(model, ActionPredictionMixin) else model.get_base_model()
         self.policy: Any = policy
         self.unnorm_key = policy.action_config.resolve(unnorm_key)
+        self.taco_loss = taco_loss_of(policy.action_config, args, self.unnorm_key)
+        self._violation: torch.Tensor | None = None  # summed up since the last line of the log
+        self._violation_since = 0
         super().__init__(
             model,
             args,
             data_collator=ActionCollator(policy.prompts, self.unnorm_key),
-            compute_loss_func=action_loss,
+            compute_loss_func=self._loss,
             compute_metrics=self._metrics,
             preprocess_logits_for_metrics=self._codes,
             **kwargs,
@@ -45,6 +51,39 @@ class VLATrainer(Trainer):
         config = policy.action_config
         table = config.vocabulary.table(config.space(self.unnorm_key).dof)
         self._ids = torch.tensor(np.tile(table, (config.horizon, 1)))  # (horizon * dof, n_codes)
+
+    def _loss(self, outputs, labels: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:
+        """Cross entropy, and with `taco_loss_weight` the expected violation beside it, in training and evaluation."""
+        loss = action_loss(outputs, labels, num_items_in_batch)
+        if self.taco_loss is None:
+            return loss
+        logits, labels = outputs["logits"][:, -labels.shape[1] - 1 : -2], labels[:, :-1]
+        ids = self._ids.to(logits.device)
+        dof = len(self.taco_loss.values)
+        violation = self.taco_loss(
+            logits,
+            (labels[..., None] == ids).long().argmax(dim=-1),  # 0 on padding
+            labels[:, ::dof] != IGNORED,
+            ids=ids,
+            # As the cross entropy is divided, so that nothing depends on how a step was split; the closing token counts
+            # as a dof-th of a step.
+            n_steps=None if num_items_in_batch is None else num_items_in_batch / dof,
+        )
+        if torch.is_grad_enabled():
+            if self._violation is None:
+                self._violation, self._violation_since = torch.zeros_like(violation), self.state.global_step
+            self._violation = self._violation + violation.detach()
+        return loss + self.args.taco_loss_weight * violation  # type: ignore[attr-defined]
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        """Log, with the mean expected violation as `taco_loss` (before its weight) beside the loss."""
+        if self._violation is not None and "loss" in logs:
+            mean = self.accelerator.reduce(self._violation, reduction="mean")
+            # As the loss: where it is divided by the labels of all processes, each holds a part of it.
+            parts = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+            logs["taco_loss"] = parts * mean.item() / max(1, self.state.global_step - self._violation_since)
+            self._violation = None
+        super().log(logs, *args, **kwargs)
 
     def training_step(self, model, inputs, *args, **kwargs) -> torch.Tensor:
         """One step; a loss that is not finite raises and names the samples, before the weights change."""
@@ -105,6 +144,19 @@ class VLATrainer(Trainer):
             model.save_pretrained(folder, state_dict=state_dict)
         else:
             save_adapter(model, folder)
+
+
+def taco_loss_of(config: ActionConfig, args, unnorm_key: str) -> TACOLoss | None:
+    """The auxiliary loss that the training arguments ask for, checked; None if they ask for none."""
+    if not isinstance(args, VLATrainingArguments) or not args.taco_loss_weight:
+        return None
+    if args.taco_constraints is None and not config.limits:
+        raise TrainingError(
+            "taco_loss_weight needs constraints, and the policy has no permanent limits: pass --taco_constraints, such as "
+            "'Range(x, -0.005, 0.005)'"
+        )
+    constraints = None if args.taco_constraints is None else parse_constraints(args.taco_constraints)
+    return TACOLoss(constraints, config, unnorm_key)
 
 
 def chunk_metrics(config: ActionConfig, unnorm_key: str, codes: np.ndarray, labels: np.ndarray) -> dict[str, float]:
