@@ -1,7 +1,8 @@
 """What may be asked of an action, in real units: the constraint language, its feasibility check and projection."""
 
 from hf_vla_actions.constraints.base import Constraint
-from hf_vla_actions.constraints.bind import BoundConstraints, bind, project
+from hf_vla_actions.constraints.bind import bind, project, with_limits
+from hf_vla_actions.constraints.bound import BoundConstraints
 from hf_vla_actions.constraints.combined import All, Any, Prefix, Soft, Where
 from hf_vla_actions.constraints.context import Context
 from hf_vla_actions.constraints.coupled import Linear, MoveBy, Rate, Speed, Sticky
@@ -35,4 +36,5 @@ __all__ = [
     "bind",
     "constraint_from_dict",
     "project",
+    "with_limits",
 ]

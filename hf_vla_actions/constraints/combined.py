@@ -6,13 +6,14 @@ import itertools
 import math
 import typing
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
 
 from hf_vla_actions.constraints.base import Constraint, Part, check_sample, one_count, plain
 from hf_vla_actions.constraints.language import Fix, OneDimensional, Target
+from hf_vla_actions.constraints.places import Workspace
 from hf_vla_actions.constraints.terms import Predicate
 from hf_vla_actions.errors import ConstraintError
 
@@ -148,7 +149,8 @@ class Soft(_Made):
     """A price instead of an exclusion: -weight * excess^2 nats; what `constraint.soft(weight)` makes.
 
     Args:
-        constraint: the hard constraint; its excess is in real units.
+        constraint: a hard constraint, but no `Any`; its excess is in real units. Of an `All` each part has its price. A
+            `Workspace` pulls back a robot that is outside when the chunk begins.
         weight: nats for each squared unit of excess.
 
     Example: `Range("z", low=0.0).soft(1e5)`: one centimeter below costs 10 nats.
@@ -163,8 +165,9 @@ class Soft(_Made):
         self._check_steps()
         if not isinstance(self.constraint, Constraint):
             raise self._refuse(f"needs a constraint such as Range('x', -0.01, 0.01), got {self.constraint!r}")
-        parts = self.constraint._parts if isinstance(self.constraint, _Made) else (self.constraint,)
-        for part in (self.constraint, *parts):
+        for part in _flat(self, [self.constraint]):
+            if isinstance(part, Any):
+                raise self._refuse(f"{part} has no excess of its own; give it as it is, or without Any")
             picks = isinstance(part, OneDimensional) and part.picks
             if picks or not part.is_hard:
                 why = "chooses the nearest value" if picks else "excludes nothing"
@@ -194,8 +197,11 @@ class Soft(_Made):
         return Soft(self.constraint.sample(i), self.weight[i] if isinstance(self.weight, tuple) else self.weight)
 
     def _expand(self, space, horizon, known, half_bin) -> list[Part]:
-        parts = self.constraint.parts if isinstance(self.constraint, All) else (self.constraint,)
-        return [Soft(part, self.weight) for part in parts]
+        parts: list[Part] = []
+        for part in _flat(self, [self.constraint]):
+            outside = isinstance(part, Workspace) and part.on_outside == "raise"
+            parts.append(Soft(replace(part, on_outside="return") if outside else part, self.weight))
+        return parts
 
     def __str__(self) -> str:
         return f"Soft({self.constraint}, weight={self.weight!r})"
@@ -339,6 +345,8 @@ class Where(Constraint):
         return [Predicate(self._checked, backup, str(self.name), tuple(range(space.dof)))]
 
     def _checked(self, chunks: np.ndarray) -> np.ndarray:
+        chunks = chunks.view()
+        chunks.setflags(write=False)  # a function that writes into them would change what is decoded
         allowed = np.asarray(self.fn(chunks))
         if allowed.shape != (len(chunks),) or allowed.dtype != bool:
             raise self._refuse(

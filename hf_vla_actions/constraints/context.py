@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -35,12 +35,13 @@ class Context:
     pose: Any = None
     last_action: Any = None
     held_steps: Any = None
+    from_matrix: bool = field(default=False, init=False, repr=False)
 
     def __post_init__(self):
         pose = _read_table("pose", self.pose)
         if isinstance(pose, np.ndarray) and _is_matrix(pose):
             pose = {axis: pose[..., i, 3] for i, axis in enumerate(AXES)}
-            object.__setattr__(self, "_matrix", True)
+            object.__setattr__(self, "from_matrix", True)
         elif isinstance(pose, np.ndarray) and pose.ndim == 3:
             raise ConstraintError(
                 f"three axes are pose matrices (batch, 4, 4) ending in (0, 0, 0, 1), got {pose.shape}"
@@ -97,7 +98,7 @@ class Context:
             return None
         row = np.full(space.dof, np.nan)
         if isinstance(table, dict):
-            if name == "pose" and "_matrix" in self.__dict__:
+            if name == "pose" and self.from_matrix:
                 table = {axis: value for axis, value in table.items() if axis in space.names}
                 if not table:
                     raise ConstraintError(

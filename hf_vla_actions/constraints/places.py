@@ -26,8 +26,9 @@ class Workspace(OfDimensions):
             the position themselves. A space in the frame "tcp" is refused: its axes turn with the tool.
         low: lowest position, one number or one a dimension, or (batch, dimensions); None for no bound. Real units.
         high: highest position, likewise.
-        on_outside: where the robot is outside already and step 0 counts: "raise", or "recover": it may not go
-            further outside than it is now.
+        on_outside: where the robot is outside already. "raise": an error, if step 0 counts. "recover": it may not go
+            further outside than it is now. "return": the bounds stay as they are, its first counted step has to lie
+            within.
         steps: see `Constraint`; those whose position counts.
 
     Example: `Workspace(["x", "y"], [-0.2, -0.3], 0.3)` with `Context(pose={"x": 0.1, "y": 0.0})`.
@@ -45,8 +46,8 @@ class Workspace(OfDimensions):
             low=self._row("low", self.low, self.n_dims, none=-math.inf, infinite=True),
             high=self._row("high", self.high, self.n_dims, none=math.inf, infinite=True),
         )
-        if self.on_outside not in ("raise", "recover"):
-            raise self._refuse(f"on_outside is 'raise' or 'recover', got {self.on_outside!r}")
+        if self.on_outside not in ("raise", "recover", "return"):
+            raise self._refuse(f"on_outside is 'raise', 'recover' or 'return', got {self.on_outside!r}")
 
     def _check(self) -> None:
         _check_box(self)

@@ -45,7 +45,7 @@ def _call(call: ast.Call, text: str):
         raise ConstraintError(f"{ast.unparse(call)!r} is no constraint; there are {sorted(TYPES)}")
     kind = slice if name == "slice" else TYPES[str(name)]
     arguments = [_value(argument, text) for argument in call.args]
-    keywords = {keyword.arg: _value(keyword.value, text) for keyword in call.keywords if keyword.arg}
+    keywords = {str(keyword.arg): _value(keyword.value, text) for keyword in call.keywords}
     try:
         return kind(*arguments, **keywords)
     except TypeError as error:
