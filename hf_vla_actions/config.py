@@ -91,8 +91,10 @@ class ActionConfig:
                     f"{key!r}: bins cover [-1, 1] and would cut z-scores (mode 'normal') at one standard deviation; "
                     "use mode 'bounds_q99' or 'bounds'"
                 )
-            # Limits that no action can satisfy are refused here, not in front of the robot.
-            bind(None, space, self.token_values(key), self.horizon, limits=self.limits)
+            # Limits that no action can satisfy are refused here, not in front of the robot. What depends on where the
+            # robot is can only be checked there.
+            always = [limit for limit in self.limits if not limit.needs and limit.n_samples is None]
+            bind(None, space, self.token_values(key), self.horizon, limits=always)
 
     def resolve(self, unnorm_key: str | None = None) -> str:
         """The `unnorm_key` to use; may be omitted when there is one. Otherwise raises and lists them."""

@@ -20,6 +20,7 @@ from hf_vla_actions.constraints.explain import explain_start
 from hf_vla_actions.constraints.intervals import IntervalSet
 from hf_vla_actions.constraints.language import OneDimensional, Target
 from hf_vla_actions.constraints.laws import Laws, Moves, find_backups, find_limits
+from hf_vla_actions.constraints.plans import find_plan
 from hf_vla_actions.constraints.reach import Reach
 from hf_vla_actions.constraints.tables import LawTables
 from hf_vla_actions.constraints.terms import Change, Hold, Known, Pull, Term
@@ -70,7 +71,7 @@ def bind(
     if context is not None and not isinstance(context, Context):
         raise ConstraintError(f"context is a Context(pose=..., last_action=...), got {context!r}")
     values = _check_values(values, space, grid)
-    lists, per_sample = _read_lists(constraints, tuple(limits))
+    lists, per_sample = with_limits(constraints, tuple(limits)), _is_per_sample(constraints)
     lists, per_sample = _spread(lists, per_sample, context)
     binder = _Binder(space, values, horizon, grid)
     samples = []
@@ -129,7 +130,9 @@ class _Binder:
     def __init__(self, space: ActionSpace, values: np.ndarray | None, horizon: int, grid: bool):
         self.space, self.values, self.horizon = space, values, horizon
         self.grid = grid and values is not None
-        tokens = [None if values is None else np.unique(row) for row in (values if values is not None else space.names)]
+        tokens = [
+            None if values is None else np.unique(row) for row in (values if values is not None else space.names)
+        ]
         self.reaches = [Reach(space, dim, tokens[dim], self.grid) for dim in range(space.dof)]
         self.members = [reach.members for reach in self.reaches]
         self.half_bin = np.array([reach.half_bin for reach in self.reaches])
@@ -196,7 +199,13 @@ class _Binder:
         only = [part for _, part in terms]
         limits = find_limits(only, self.horizon, self.space.dof)
         extra = find_backups(only, self.rest, self.horizon)
-        key = ("moves", tuple((cell, id(m)) for cell, m in sets.items()), limits.tobytes(), *[e.tobytes() for e in extra])
+        extra += find_plan(only, sets, self.members, self.rest, self.horizon, self.half_bin)
+        key = (
+            "moves",
+            tuple((cell, id(m)) for cell, m in sets.items()),
+            limits.tobytes(),
+            *[e.tobytes() for e in extra],
+        )
         moves = self.once(key, lambda: Moves(self.members, sets, limits, self.rest, extra))
         start = np.full(self.space.dof, np.nan) if known.last_action is None else known.last_action
         if known.pose is not None:
@@ -272,8 +281,9 @@ class _Sample:
                 raise problem
             reason = reason or str(problem)
             if on_infeasible == "hold":
-                self.branches = [self._hold()]
-                self.fallback = Fallback("hold", tuple(str(c) for c in guilty), reason)
+                branch, actions = self._hold()
+                self.branches = [branch]
+                self.fallback = Fallback("hold", tuple(str(c) for c in guilty), reason, actions)
                 return
             least = min(guilty, key=lambda c: id(c) in self.permanent)
             self.hard = [c for c in self.hard if c is not least]
@@ -292,14 +302,15 @@ class _Sample:
             return guilty, self.problem
         return guilty, explain_start(self.binder, self.index, guilty, self.known)
 
-    def _hold(self) -> Branch:
-        """The branch that leaves nothing but to stay as it is."""
-        space, sets = self.binder.space, {}
-        for d in range(space.dof):
-            value = 0.0 if self.binder.rest[d] == 0 and space.delta[d] else self._stays_at(d)
-            here = self.binder.members[d].closest(value) if self.binder.grid else IntervalSet.points(value)
-            sets |= {(t, d): IntervalSet.points(here.lows[:1]) for t in range(self.binder.horizon)}
-        return self.binder._branch(sets, [], self.known)
+    def _hold(self) -> tuple[Branch, np.ndarray]:
+        """The branch that leaves nothing but the values nearest to staying as it is, and those actions themselves."""
+        binder, space = self.binder, self.binder.space
+        still = [0.0 if binder.rest[d] == 0 and space.delta[d] else self._stays_at(d) for d in range(space.dof)]
+        sets = {}
+        for d, value in enumerate(still):
+            here = binder.members[d].closest(value)
+            sets |= {(t, d): IntervalSet.points(here.lows[:1]) for t in range(binder.horizon)}
+        return binder._branch(sets, [], self.known), np.tile(still, (binder.horizon, 1))
 
     def _stays_at(self, d: int) -> float:
         space, known = self.binder.space, self.known
@@ -363,20 +374,28 @@ def _check_values(values, space: ActionSpace, grid: bool) -> np.ndarray | None:
     return values
 
 
-def _read_lists(constraints, limits: tuple[Constraint, ...]) -> tuple[list[list[Constraint]], bool]:
-    """One list of constraints per sample, and whether they were given per sample."""
+def with_limits(constraints, limits: tuple[Constraint, ...] = ()) -> list[list[Constraint]]:
+    """One list of constraints for each sample, or one for all, with the limits added to each.
+
+    Args:
+        constraints: a constraint, a list of them, a list of such lists (one a sample), or None.
+        limits: constraints that hold always.
+    """
     given = [] if constraints is None else [constraints] if isinstance(constraints, Constraint) else constraints
     if not isinstance(given, (list, tuple)):
         raise ConstraintError(f"constraints are a list (or one list per sample), got {constraints!r}")
-    per_sample = bool(given) and all(isinstance(sample, (list, tuple)) for sample in given)
-    lists = [list(sample) + list(limits) for sample in (given if per_sample else [given])]
+    lists = [list(sample) + list(limits) for sample in (given if _is_per_sample(given) else [given])]
     strangers = [item for sample in lists for item in sample if not isinstance(item, Constraint)]
     if strangers:
         raise ConstraintError(
             f"constraints are a list of constraints such as Range('x', -0.01, 0.01), or one list per sample; got "
             f"{strangers[0]!r} in it"
         )
-    return lists, per_sample
+    return lists
+
+
+def _is_per_sample(given) -> bool:
+    return isinstance(given, (list, tuple)) and bool(given) and all(isinstance(one, (list, tuple)) for one in given)
 
 
 def _spread(lists: list[list[Constraint]], per_sample: bool, context: Context | None):

@@ -40,11 +40,13 @@ class Fallback:
         kind: "hold" (the robot is told to stay as it is) or "nearest" (constraints were left out).
         dropped: texts of the constraints that do not hold.
         reason: the error that would have been raised.
+        actions: (horizon, dof) what the robot is told, real units, if it is to hold; None otherwise.
     """
 
     kind: str
     dropped: tuple[str, ...]
     reason: str
+    actions: np.ndarray | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from hf_vla_actions.constraints.allowed import Allowed
 from hf_vla_actions.constraints.intervals import IntervalSet
 from hf_vla_actions.constraints.laws import Laws
 from hf_vla_actions.constraints.tables import LawTables
 from hf_vla_actions.constraints.terms import Term
-from hf_vla_actions.constraints.walk import Allowed
 
 
 @dataclass(frozen=True, eq=False)

@@ -60,7 +60,7 @@ class Moves:
         return None
 
     def _goals(self, rest: np.ndarray, extra: Sequence[np.ndarray]) -> list[np.ndarray]:
-        horizon, dof = self.limits.shape
+        horizon = len(self.limits)
         brake = np.tile(rest, (horizon, 1))
         if self.empty is not None:
             return [brake]
@@ -222,7 +222,9 @@ def find_aims(terms: Sequence[Term]) -> dict[int, Aim]:
             low, high = term.bounds
             bounded = np.flatnonzero(np.isfinite(low) | np.isfinite(high))
             counted = np.ones(len(low), dtype=bool) if term.counted is None else term.counted
-            if len(bounded) == 1 and (low[bounded[0]] > 0 or high[bounded[0]] < 0 or bounded[0] == counted.nonzero()[0][-1]):
+            if len(bounded) == 1 and (
+                low[bounded[0]] > 0 or high[bounded[0]] < 0 or bounded[0] == counted.nonzero()[0][-1]
+            ):
                 last = int(bounded[0])
                 ends = np.array([low[last], high[last]]) / term.weights[0]
                 target = float(ends.mean()) if np.isfinite(ends).all() else float(ends[np.isfinite(ends)][0])

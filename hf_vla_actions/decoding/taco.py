@@ -8,6 +8,7 @@ which ranks sampled chunks.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from transformers import LogitsProcessor
 
-from hf_vla_actions.constraints import BoundConstraints, bind
+from hf_vla_actions.constraints import BoundConstraints, bind, with_limits
 from hf_vla_actions.decoding.masks import CoupledMasks
 from hf_vla_actions.errors import ConstraintError
 
@@ -100,7 +101,9 @@ class TACOLogitsProcessor(LogitsProcessor):
             after ones that no constraint would have let through, anything is allowed instead of an error.
 
     Attributes:
-        bound: the checked constraints (`BoundConstraints`), with `project`, `violations`, `fallbacks` and `check_batch`.
+        bound: the checked constraints (`BoundConstraints`), with `project`, `excess`, `fallbacks` and `check_batch`.
+        bind: binds other constraints to the same robot.
+        constraints: for each sample, its constraints with the permanent limits; one list if all have the same.
 
     Raises:
         InfeasibleConstraintError: nothing is left of a dimension; at construction, before any forward pass.
@@ -141,20 +144,16 @@ class TACOLogitsProcessor(LogitsProcessor):
         self.mode = mode
         self.temperature = float(temperature)
         self.prompt_length = None if prompt_length is None else int(prompt_length)
-        bind_here = partial(
-            bind,
-            constraints,
-            action_config.space(key),
-            values,
-            action_config.horizon,
-            limits=tuple(action_config.limits),
-            context=context,
+        # Binds constraints to this robot, for what it knows now.
+        self.bind: Callable[..., BoundConstraints] = partial(
+            bind, space=action_config.space(key), values=values, horizon=action_config.horizon, context=context
         )
-        self.bound: BoundConstraints = bind_here(
-            grid=mode in ("mask", "transport"), on_infeasible=on_infeasible
-        )
+        self.constraints = with_limits(constraints, tuple(action_config.limits))
+        on_grid = mode in ("mask", "transport")
+        everything = partial(self.bind, constraints, limits=tuple(action_config.limits))
+        self.bound: BoundConstraints = everything(grid=on_grid, on_infeasible=on_infeasible)
         # Tokens are chosen on the grid even where the result is projected off it; there nothing has to be left.
-        self._loop = bind_here(on_infeasible="nearest") if mode == "mixture" else self.bound
+        self._loop = everything(on_infeasible="nearest") if mode == "mixture" else self.bound
         self.speculative = bool(speculative)
         self.dof = values.shape[0]
         self.n_tokens = action_config.horizon * self.dof

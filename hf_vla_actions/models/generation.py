@@ -12,7 +12,7 @@ from hf_vla_actions.decoding import TACOLogitsProcessor
 from hf_vla_actions.errors import VLAActionsError
 from hf_vla_actions.models.families import ModelFamily
 
-MODES = ("project", "transport", "mask")
+MODES = ("project", "mixture", "transport", "mask")
 
 # Text-generation habits of a checkpoint (its generation_config.json) would bend the distribution over actions: a
 # repetition penalty forbids standing still, top_k=50 cuts the bins. Each can still be asked for in the call.
@@ -84,6 +84,12 @@ def check_generation(
             f"a {family.name} prompt reads itself in both directions, and speculative decoding (assistant_model, "
             "prompt_lookup_num_tokens) puts guessed tokens into it, which silently changes the actions: leave it out"
         )
+
+
+def beam_rows(out, n_tokens: int) -> torch.Tensor | None:
+    """(rows, n_tokens) the row of the logits that each token was chosen from; None without beams."""
+    beams = out.get("beam_indices")
+    return None if beams is None else beams[:, :n_tokens]
 
 
 def log_prob(out, token_ids: np.ndarray) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,19 @@ import torch
 from transformers import LogitsProcessorList
 
 from hf_vla_actions.config import ActionConfig
+from hf_vla_actions.constraints import Context
+from hf_vla_actions.constraints.projection import STYLES
+from hf_vla_actions.constraints.retime import RetimedChunk
+from hf_vla_actions.constraints.slower import retime_within
 from hf_vla_actions.decoding import TACOLogitsProcessor
+from hf_vla_actions.decoding.along import report_on
 from hf_vla_actions.errors import VLAActionsError
 from hf_vla_actions.models.checks import SENTENCE, SENTENCES, check_reads_instruction, check_sees_image
-from hf_vla_actions.models.generation import MODES, RESERVED, check_generation, log_prob, neutral
-from hf_vla_actions.models.output import ActionOutput
+from hf_vla_actions.models.generation import MODES, RESERVED, beam_rows, check_generation, log_prob, neutral
+from hf_vla_actions.models.output import ActionOutput, commanded
 from hf_vla_actions.models.prompts import PromptBuilder
 from hf_vla_actions.models.shim import remove_shim, shim_in_config, write_shim
-from hf_vla_actions.runtime import ChunkPolicy
+from hf_vla_actions.runtime import ChunkPolicy, remembered
 
 
 class ActionPredictionMixin:
@@ -61,8 +67,10 @@ class ActionPredictionMixin:
         *,
         unnorm_key: str | None = None,
         constraints=None,
-        context=None,
+        context: Context | None = None,
         mode: str = "project",
+        style: str = "axis",
+        on_infeasible: str = "raise",
         return_dict: bool = False,
         **kwargs,
     ) -> np.ndarray | ActionOutput:
@@ -73,10 +81,16 @@ class ActionPredictionMixin:
             unnorm_key: which statistics and action space; may be omitted when there is one.
             constraints: list of constraints in real units for every sample, or one list per sample; the robot's
                 permanent limits (`action_config.limits`) are added to each.
-            context: what the robot knows now, for constraints that need it.
+            context: what the robot knows now (`Context(pose=..., last_action=...)`), for constraints that need it.
             mode: "project" (decode freely, then move the result into the allowed set), "transport" (the probability
-                of each forbidden bin moves to the nearest allowed one) or "mask" (forbidden bins get none). All three
-                keep every hard constraint; they differ in what is left of the policy's intention.
+                of each forbidden bin moves to the nearest allowed one), "mask" (forbidden bins get none) or "mixture"
+                (as "mask" where the policy gives allowed bins at least half of its mass, free elsewhere, then
+                projected). All of them keep every hard constraint; they differ in what is left of the policy's
+                intention.
+            style: of the projection: "axis" moves each number by itself, "direction" shortens a step as a whole.
+            on_infeasible: for a sample whose constraints cannot all hold: "raise"; "hold" (tell the robot to stay as
+                it is) or "nearest" (leave out as few constraints as needed, permanent limits last). Both are flagged
+                in `ActionOutput.fallback` and logged.
             return_dict: return an ActionOutput instead of the actions alone.
             kwargs: the rest of `prepare`'s result, and options of `generate` such as `do_sample`, `temperature`,
                 `num_beams`, `num_return_sequences`.
@@ -87,7 +101,8 @@ class ActionPredictionMixin:
 
         Raises:
             UnnormKeyError: the key is missing, unknown or ambiguous.
-            InfeasibleConstraintError: no action within reach satisfies the constraints (before the first forward).
+            InfeasibleConstraintError: no chunk within reach satisfies the constraints (before the first forward).
+            ConstraintError: a constraint does not fit, or needs a context that was not given.
         """
         key = self.action_config.resolve(unnorm_key)
         if mode not in MODES:
@@ -104,9 +119,13 @@ class ActionPredictionMixin:
             prompt_length=input_ids.shape[1],
             context=context,
             mode=mode,
+            on_infeasible=on_infeasible,
             temperature=(kwargs.get("temperature") or 1.0) if kwargs.get("do_sample") else 1.0,
+            speculative=bool(kwargs.get("prompt_lookup_num_tokens")),
         )
         taco.bound.check_batch(len(input_ids))
+        if style not in STYLES:
+            raise VLAActionsError(f"style must be one of {list(STYLES)}, got {style!r} (policy() also knows 'retime')")
         n_tokens = self.action_config.n_tokens(key)
         out = self.generate(  # type: ignore[attr-defined]
             input_ids=input_ids,
@@ -123,7 +142,7 @@ class ActionPredictionMixin:
                 "stopping_criteria and stop_strings out"
             )
         normalized, decoded = self.action_config.decode(token_ids, key)
-        actions = taco.bound.project(decoded) if mode == "project" else decoded
+        actions = commanded(taco.bound, decoded, mode, style)
         if not return_dict:
             return actions
         return ActionOutput(
@@ -133,6 +152,8 @@ class ActionPredictionMixin:
             log_prob=log_prob(out, token_ids),
             unnorm_key=key,
             moved=actions - decoded,
+            fallbacks=taco.bound.fallbacks,
+            report=partial(report_on, taco, out.logits, token_ids, actions, beam_rows(out, n_tokens)),
         )
 
     def policy(
@@ -140,8 +161,11 @@ class ActionPredictionMixin:
         unnorm_key: str | None = None,
         constraints=None,
         *,
+        context: Callable[[Mapping[str, Any]], Context] | Context | None = None,
         execute_steps: int | None = None,
         mode: str = "project",
+        style: str = "axis",
+        on_infeasible: str = "raise",
         **generate_options,
     ) -> ChunkPolicy:
         """A policy for one robot: `policy(obs) -> action (dof,)`, `policy.reset()` at the start of an episode.
@@ -151,27 +175,48 @@ class ActionPredictionMixin:
             constraints: list of constraints, or a function of the observation that returns one (limits that depend
                 on where the robot is). It is called when a chunk is predicted and holds for all of its steps: with a
                 horizon above 1 it must be true of all of them, or be limited with `steps=`.
+            context: what the robot knows when a chunk is predicted: a function of the observation that returns a
+                `Context`. The action carried out last is known to the policy: where a constraint needs it and nobody
+                gives it, its own last one is taken, from the second chunk of an episode on.
             execute_steps: actions carried out before the next prediction; the whole chunk if None.
             mode: see `predict_action`.
+            style: see `predict_action`; also "retime": the decoded path in as many more steps as the limits on single
+                steps ask for (`execute_steps` then counts decoded steps).
+            on_infeasible: see `predict_action`.
             generate_options: passed on to `generate`.
 
         An observation is a mapping with "images" and "instruction", as for `prepare` (and "proprio" where the policy
         reads it); other entries are for `constraints`.
         """
         key = self.action_config.resolve(unnorm_key)
+        space = self.action_config.space(key)
 
-        def predict_chunk(obs: Mapping[str, Any]) -> np.ndarray:
+        def predict_chunk(obs: Mapping[str, Any]) -> np.ndarray | RetimedChunk:
             missing = [name for name in self._observed() if name not in obs]
             if missing:
                 raise VLAActionsError(f"an observation needs {missing}; it has {sorted(obs)}")
             wanted = constraints(obs) if isinstance(constraints, Callable) else constraints  # type: ignore[arg-type]
+            told = context(obs) if isinstance(context, Callable) else context  # type: ignore[arg-type]
+            told = remembered(told, runner.executed, space)
             inputs = self.prepare(*(obs[name] for name in self._observed()))
-            chunks: Any = self.predict_action(
-                **inputs, unnorm_key=key, constraints=wanted, mode=mode, **generate_options
+            predict = partial(self.predict_action, **inputs, unnorm_key=key, **generate_options)
+            if style == "retime":
+                free: Any = predict(context=told, on_infeasible="nearest", return_dict=True)
+                return retime_within(
+                    (free.actions - free.moved)[0],
+                    wanted,
+                    space,
+                    limits=self.action_config.limits,
+                    context=told,
+                    on_infeasible=on_infeasible,
+                )
+            chunks: Any = predict(
+                constraints=wanted, context=told, mode=mode, style=style, on_infeasible=on_infeasible
             )
             return chunks[0]
 
-        return ChunkPolicy(predict_chunk, execute_steps)
+        runner = ChunkPolicy(predict_chunk, execute_steps)
+        return runner
 
     def _observed(self) -> tuple[str, ...]:
         """Entries of an observation that `prepare` is given, in its order."""

@@ -2,9 +2,43 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
+
+from hf_vla_actions.constraints.bound import BoundConstraints, Fallback
+from hf_vla_actions.decoding.report import ConfidenceReport
+from hf_vla_actions.errors import VLAActionsError
+
+PROJECTED = ("project", "mixture")  # modes whose decoded chunk is moved to where everything is allowed
+ROUNDING = 1e-9  # of an excess, real units: sums of the same numbers in another order
+
+
+def commanded(bound: BoundConstraints, decoded: np.ndarray, mode: str, style: str) -> np.ndarray:
+    """What the robot is told to do after decoding: within all constraints, or an error.
+
+    Args:
+        bound: the constraints.
+        decoded: (batch, horizon, dof) what the tokens or the head say, real units.
+        mode: how constraints were kept while decoding.
+        style: of the projection; see `BoundConstraints.project`.
+    """
+    actions = bound.project(decoded, style) if mode in PROJECTED else np.array(decoded)
+    each = len(actions) // bound.n_samples
+    for sample, fallback in enumerate(bound.fallbacks):
+        if fallback is not None and fallback.actions is not None:
+            actions[sample * each : (sample + 1) * each] = fallback.actions
+    held = np.repeat([f is not None and f.actions is not None for f in bound.fallbacks], each)
+    excess = np.where(held, 0.0, bound.excess(actions).max(axis=1))
+    if (excess > ROUNDING).any():
+        row = int(excess.argmax())
+        raise VLAActionsError(
+            f"the chunk of row {row} exceeds its constraints by {excess[row]:.3g}: another logits processor forced tokens "
+            "that they do not allow. Nothing was returned"
+        )
+    return actions
 
 
 @dataclass(frozen=True)
@@ -18,8 +52,10 @@ class ActionOutput:
         token_ids: (batch, horizon * dof) int64.
         log_prob: (batch,) float64: log-probability of the tokens under the model, before any constraint.
         unnorm_key: which statistics were used.
-        moved: (batch, horizon, dof) float64, real units: how far "project" moved each value; zeros in other modes.
-        confidence: report on the distributions; None where none was asked for.
+        moved: (batch, horizon, dof) float64, real units: how far each value was moved after decoding ("project",
+            "mixture", and where the robot is told to hold); zeros in other modes.
+        fallbacks: for each sample, what was done because its constraints could not all hold; None where all is well.
+        report: makes `confidence`; None where there are no distributions over tokens.
     """
 
     actions: np.ndarray
@@ -28,4 +64,18 @@ class ActionOutput:
     log_prob: np.ndarray
     unnorm_key: str
     moved: np.ndarray
-    confidence: None = None
+    fallbacks: Sequence[Fallback | None] = ()
+    report: Callable[[], ConfidenceReport] | None = field(default=None, repr=False)
+
+    @property
+    def fallback(self) -> np.ndarray:
+        """(batch,) bool: rows whose constraints could not all hold, so that something else was done."""
+        flags = [fallback is not None for fallback in self.fallbacks] or [False]
+        return np.repeat(flags, len(self.actions) // len(flags))
+
+    @cached_property
+    def confidence(self) -> ConfidenceReport:
+        """What constraints did to the policy's distributions; worked out when it is first asked for."""
+        if self.report is None:
+            raise VLAActionsError("this policy predicts numbers, not tokens: there are no distributions to report on")
+        return self.report()

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 
 from hf_vla_actions.config import ActionConfig
+from hf_vla_actions.constraints import Context
+from hf_vla_actions.constraints.projection import STYLES
 from hf_vla_actions.constraints.text import parse_constraints
 from hf_vla_actions.errors import VLAActionsError, one_line_errors
 from hf_vla_actions.models.auto import AutoModelForActionPrediction, load_action_config
@@ -43,6 +45,16 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--unnorm_key", help="which statistics; may be left out if the policy has one")
     options.add_argument("--constraints", help="in real units, such as 'Range(x, -0.005, 0.005); Fix(gripper, open)'")
     options.add_argument("--mode", choices=MODES, default="project", help="how they are kept (default: %(default)s)")
+    options.add_argument("--style", choices=STYLES, default="axis", help="of the projection (default: %(default)s)")
+    options.add_argument(
+        "--pose", type=float, nargs="+", help="where the first dimensions are now, for Workspace, KeepOut"
+    )
+    options.add_argument(
+        "--last_action", type=float, nargs="+", help="the action carried out last, for Rate and Sticky"
+    )
+    options.add_argument(
+        "--report", action="store_true", help="also print what the constraints did to the policy's distributions"
+    )
     options.add_argument(
         "--no_self_test", action="store_true", help="do not check first that it sees its picture and reads its words"
     )
@@ -67,17 +79,21 @@ def main(argv: list[str] | None = None) -> int:
     inputs = policy.prepare(images if policy.prompts.family.takes_images else None, instruction, proprio=args.proprio)
     wanted: dict[str, dict[str, Any]] = {"free": {}}
     if constraints is not None:
-        wanted[args.mode] = {"constraints": constraints, "mode": args.mode}
-    columns = {
-        name: policy.predict_action(**inputs, unnorm_key=key, return_dict=True, **options).actions[0]
+        wanted[args.mode] = {"constraints": constraints, "mode": args.mode, "style": args.style}
+    context = Context(pose=args.pose, last_action=args.last_action)
+    out = {
+        name: policy.predict_action(**inputs, unnorm_key=key, return_dict=True, context=context, **options)
         for name, options in wanted.items()
     }
+    columns = {name: one.actions[0] for name, one in out.items()}
     sys.stdout.write(f"instruction: {instruction}\nunnorm_key:  {key}\n")
     if constraints is not None:
         sys.stdout.write(f"constraints: {'; '.join(map(str, constraints))}\n")
     if demonstrated is not None:
         columns["demonstrated"] = demonstrated[: config.horizon]
     sys.stdout.write(table(config.space(key), columns))
+    if args.report:
+        sys.stdout.write(f"\n{out[list(wanted)[-1]].confidence.summary()}\n")
     return 0
 
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from hf_vla_actions.actions import ActionSpace
+from hf_vla_actions.constraints import Context
 from hf_vla_actions.constraints.retime import RetimedChunk
 from hf_vla_actions.errors import VLAActionsError
+
+REMEMBERED = 1000  # actions of an episode that are kept
 
 
 def first_steps(chunk: np.ndarray | RetimedChunk, n_decoded: int | None) -> np.ndarray:
@@ -32,6 +36,9 @@ class ChunkPolicy:
         predict_chunk: observation to chunk in real units, (horizon, dof) or a RetimedChunk.
         execute_steps: decoded steps carried out before the next look (one action each, more where a chunk was
             retimed: the plan goes as far, and takes longer); the whole chunk if None.
+
+    Attributes:
+        executed: actions returned since the last reset, the newest last (the last 1000 of them).
     """
 
     def __init__(
@@ -44,6 +51,7 @@ class ChunkPolicy:
         self._predict_chunk = predict_chunk
         self._execute_steps = execute_steps
         self._pending: deque[np.ndarray] = deque()
+        self.executed: deque[np.ndarray] = deque(maxlen=REMEMBERED)
 
     def __call__(self, obs: Mapping[str, Any]) -> np.ndarray:
         """Return the next action (dof,) in real units for an observation."""
@@ -53,8 +61,35 @@ class ChunkPolicy:
             if self._execute_steps is not None and self._execute_steps > horizon:
                 raise VLAActionsError(f"execute_steps={self._execute_steps} is more than the horizon {horizon}")
             self._pending.extend(first_steps(chunk, self._execute_steps))
-        return self._pending.popleft()
+        self.executed.append(self._pending.popleft())
+        return self.executed[-1]
 
     def reset(self) -> None:
-        """Forget what is left of the last chunk; call it at the start of every episode."""
+        """Forget what is left of the last chunk and what was done; call it at the start of every episode."""
         self._pending.clear()
+        self.executed.clear()
+
+
+def remembered(context: Context | None, executed: Sequence[np.ndarray], space: ActionSpace) -> Context | None:
+    """A context with the last action, and for how long the gripper has kept its state, where nobody else gave them.
+
+    Args:
+        context: what the caller knows; what it says stands.
+        executed: (dof,) actions carried out since the episode began, the last one at the end.
+        space: meaning of the numbers.
+    """
+    if not executed or (context is not None and context.last_action is not None):
+        return context
+    held = None
+    if space.gripper is not None:
+        values = np.array(executed)[:, space.index(space.gripper.dim)]
+        is_open = np.abs(values - space.gripper.open) <= np.abs(values - space.gripper.closed)
+        held = int((is_open[::-1] == is_open[-1]).cumprod().sum())
+        # As long as it has never changed, nobody knows for how long it had been so before.
+        held = None if held == len(values) else held
+    context = context or Context()
+    return Context(
+        pose=context.pose,
+        last_action=executed[-1],
+        held_steps=held if context.held_steps is None else context.held_steps,
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,14 +11,16 @@ import torch
 
 from hf_vla_actions.actions import ActionStats
 from hf_vla_actions.constraints import bind
+from hf_vla_actions.constraints.projection import STYLES
 from hf_vla_actions.decoding import TACOLogitsProcessor
+from hf_vla_actions.decoding.along import report_on
 from hf_vla_actions.errors import CheckpointError, SelfTestError, VLAActionsError
 from hf_vla_actions.models.checks import NOISE_FACTOR, RELATIVE_CHANGE, SENTENCE, SENTENCES, SIZE
 from hf_vla_actions.models.generation import MODES
 from hf_vla_actions.models.openvla.oft import OFTForward
 from hf_vla_actions.models.openvla.oft_config import OFTOptions
 from hf_vla_actions.models.openvla.policy import OpenVLAPolicyMixin
-from hf_vla_actions.models.output import ActionOutput
+from hf_vla_actions.models.output import ActionOutput, commanded
 
 
 class OFTPolicyMixin(OFTForward, OpenVLAPolicyMixin):
@@ -56,6 +59,8 @@ class OFTPolicyMixin(OFTForward, OpenVLAPolicyMixin):
         constraints=None,
         context=None,
         mode: str = "project",
+        style: str = "axis",
+        on_infeasible: str = "raise",
         do_sample: bool = False,
         noise: torch.Tensor | None = None,
         return_dict: bool = False,
@@ -72,9 +77,11 @@ class OFTPolicyMixin(OFTForward, OpenVLAPolicyMixin):
             proprio: (batch, proprio_dim) state of the robot in real units; (proprio_dim,) for one sample.
             normalize_proprio: False if `proprio` is normalized already, as the original's method wants it.
             constraints: list of constraints in real units for every sample, or one list per sample.
-            context: what the robot knows now; no constraint of this release needs any.
+            context: what the robot knows now, for constraints that need it.
             mode: "project" (move the predicted chunk into the allowed set). The "discrete" head has tokens, so it
-                knows "mask" and "transport" too.
+                knows "mixture", "mask" and "transport" too.
+            style: of the projection: "axis" or "direction".
+            on_infeasible: "raise", "hold" or "nearest"; see `ActionPredictionMixin.predict_action`.
             do_sample: only False: there is nothing to sample from but the noise of diffusion, which is drawn anyway.
             noise: (batch, horizon, dof) that denoising starts from ("diffusion" only); drawn if None.
             return_dict: return an ActionOutput. Continuous heads give no tokens: `token_ids` is (batch, 0), and
@@ -90,9 +97,11 @@ class OFTPolicyMixin(OFTForward, OpenVLAPolicyMixin):
             InfeasibleConstraintError: no action satisfies the constraints (before the forward pass).
             VLAActionsError: pictures, proprio or options that do not fit the policy.
         """
+        asked = {"constraints": constraints, "context": context, "mode": mode, "style": style}
+        asked |= {"on_infeasible": on_infeasible}
         if self.config.oft is None:
             self._check_parts()
-            given = {"pixel_values": pixel_values, "constraints": constraints, "context": context, "mode": mode}
+            given = {"pixel_values": pixel_values, **asked}
             if proprio is not None or noise is not None or not normalize_proprio:
                 raise VLAActionsError("proprio and noise are for OFT policies; this model's config has no `oft`")
             return super().predict_action(
@@ -116,30 +125,39 @@ class OFTPolicyMixin(OFTForward, OpenVLAPolicyMixin):
         key = self.action_config.resolve(unnorm_key)
         if mode not in MODES:
             raise VLAActionsError(f"mode must be one of {list(MODES)}, got {mode!r}")
+        if style not in STYLES:
+            raise VLAActionsError(f"style must be one of {list(STYLES)}, got {style!r}")
         state = self._state(options, proprio, key, normalize_proprio)
         inputs = {"attention_mask": attention_mask, "pixel_values": pixel_values, "proprio": state, "noise": noise}
         predict = self._tokens if options.mode == "discrete" else self._numbers
-        out = predict(options, input_ids, inputs, key, constraints, context, mode)
+        out = predict(options, input_ids, inputs, key, asked)
         if return_dict:
             return out
         return out.actions[0] if len(out.actions) == 1 and not chunks else out.actions
 
-    def _numbers(self, options, input_ids, inputs, key, constraints, context, mode) -> ActionOutput:
+    def _numbers(self, options, input_ids, inputs, key, asked) -> ActionOutput:
         """Chunks of a continuous head."""
-        if mode != "project":
+        if asked["mode"] != "project":
             raise VLAActionsError(
-                f"mode {mode!r} works on the probabilities of tokens, and the {options.mode!r} head predicts numbers: "
+                f"mode {asked['mode']!r} works on the probabilities of tokens, and the {options.mode!r} head predicts numbers: "
                 "use mode='project', which keeps the same constraints"
             )
-        if context is not None:
-            raise VLAActionsError("context was given, but no constraint of this release uses one; leave it out")
         config, rows = self.action_config, len(input_ids)
-        bound = bind(constraints, config.space(key), None, config.horizon, limits=tuple(config.limits), grid=False)
+        bound = bind(
+            asked["constraints"],
+            config.space(key),
+            None,
+            config.horizon,
+            limits=tuple(config.limits),
+            grid=False,
+            context=asked["context"],
+            on_infeasible=asked["on_infeasible"],
+        )
         bound.check_batch(rows)
         predicted = self.predict_chunk(input_ids, **inputs).normalized
         normalized = predicted.double().cpu().numpy()  # type: ignore[union-attr]
         decoded = config.space(key).settle(config.stats(key).unnormalize(normalized))
-        actions = bound.project(decoded)
+        actions = commanded(bound, decoded, "project", asked["style"])
         return ActionOutput(
             actions=actions,
             normalized=normalized,
@@ -147,26 +165,32 @@ class OFTPolicyMixin(OFTForward, OpenVLAPolicyMixin):
             log_prob=np.full(rows, np.nan),
             unnorm_key=key,
             moved=actions - decoded,
+            fallbacks=bound.fallbacks,
         )
 
-    def _tokens(self, options, input_ids, inputs, key, constraints, context, mode) -> ActionOutput:
+    def _tokens(self, options, input_ids, inputs, key, asked) -> ActionOutput:
         """Chunks of the discrete head: of each slot the best action token that the constraints allow."""
         length = input_ids.shape[1]
         taco = TACOLogitsProcessor(
-            constraints, self.action_config, key, prompt_length=length, context=context, mode=mode
+            asked["constraints"],
+            self.action_config,
+            key,
+            prompt_length=length,
+            context=asked["context"],
+            mode=asked["mode"],
+            on_infeasible=asked["on_infeasible"],
         )
         taco.bound.check_batch(len(input_ids))
         logits: Any = self.predict_chunk(input_ids, **inputs).logits
-        chosen = []
+        chosen: list[torch.Tensor] = []
         for slot in range(options.n_slots):
-            # Only the length of the ids counts: it is the position within the chunk.
-            ids: Any = input_ids.new_zeros(len(input_ids), length + slot)
+            ids: Any = torch.cat([input_ids, *[token[:, None] for token in chosen]], dim=1)
             chosen.append(taco(ids, logits[:, slot].float()).argmax(dim=-1))
         tokens = torch.stack(chosen, dim=1)
         log_p = torch.log_softmax(logits.float(), dim=-1).gather(2, tokens[..., None])[..., 0]
         token_ids = tokens.cpu().numpy()
         normalized, decoded = self.action_config.decode(token_ids, key)
-        actions = taco.bound.project(decoded) if mode == "project" else decoded
+        actions = commanded(taco.bound, decoded, asked["mode"], asked["style"])
         return ActionOutput(
             actions=actions,
             normalized=normalized,
@@ -174,6 +198,8 @@ class OFTPolicyMixin(OFTForward, OpenVLAPolicyMixin):
             log_prob=log_p.double().sum(dim=1).cpu().numpy(),
             unnorm_key=key,
             moved=actions - decoded,
+            fallbacks=taco.bound.fallbacks,
+            report=partial(report_on, taco, logits.unbind(1), token_ids, actions),
         )
 
     def _state(self, options: OFTOptions, proprio, key: str, normalize: bool) -> torch.Tensor | None:
