@@ -74,6 +74,7 @@ def excess(constraint, known=KNOWN, chunk=CHUNK):
         (Workspace("x", 0.15, 0.45, on_outside="recover"), [0, 0, 0]),
         (Workspace("x", 0.25, 0.45, on_outside="return"), [0.05, 0, 0]),
         (Workspace("x", 0.35, 0.4, steps=-1), [0, 0, 0.05]),
+        (Workspace(["x", "z"], [0.0, None], [0.25, None]), [0, 0.15, 0.05]),
         (Workspace("height", 0.45, 0.55), [0, 0.05, 0.05]),
         (MoveBy("x", 0.15, tolerance=0.02), [0, 0, 0.03]),
         (MoveBy("x", 0.0, tolerance=0.1, steps=slice(0, 2)), [0, 0.2, 0]),
@@ -241,7 +242,8 @@ X, SOFT = Range("x", 0, 1), Target("x", 0, sigma=1)
         lambda: Linear("x", math.inf, low=0),
         lambda: KeepOut(["a", "b", "c", "d"], 0, 1),
         lambda: KeepOut("x", 1, 0),
-        lambda: KeepOut("x"),
+        lambda: KeepOut("x", None, 1),
+        lambda: KeepOut("x", 0, math.inf),
         lambda: KeepOut("x", 0, 1, margin=-1),
         lambda: Sticky("g", 0),
         lambda: Sticky("g", 1.5),
@@ -322,8 +324,11 @@ def simple(draw):
     many, one, steps = draw(dims), draw(dim), draw(some_steps)
     if kind in (Range, Forbid):
         return kind(one, *draw(bounds()), steps=steps)
-    if kind in (Workspace, KeepOut):
+    if kind is Workspace:
         return kind(many, *draw(bounds(len(many))), steps=steps)
+    if kind is KeepOut:
+        corners = [sorted((draw(numbers()), draw(numbers()))) for _ in many]
+        return kind(many, [low for low, _ in corners], [high for _, high in corners], draw(positive), steps=steps)
     if kind is InSet:
         return kind(one, draw(st.lists(numbers(), min_size=1, max_size=3)), draw(st.none() | positive), steps=steps)
     if kind is Fix:

@@ -199,8 +199,9 @@ class Soft(_Made):
     def _expand(self, space, horizon, known, half_bin) -> list[Part]:
         parts: list[Part] = []
         for part in _flat(self, [self.constraint]):
-            outside = isinstance(part, Workspace) and part.on_outside == "raise"
-            parts.append(Soft(replace(part, on_outside="return") if outside else part, self.weight))
+            if isinstance(part, Workspace) and part.on_outside == "raise":
+                part = replace(part, on_outside="return")
+            parts.append(Soft(part, self.weight))
         return parts
 
     def __str__(self) -> str:

@@ -61,10 +61,10 @@ class Workspace(OfDimensions):
         steps = self.steps_in(horizon)
         parts: list[Part] = []
         for i, low, high in zip(self.indices(space), self.low, self.high, strict=True):  # type: ignore[arg-type]
-            if not _is_position(self, space, i):
-                parts.append(self._sum(space, known, i, low, high, horizon, steps))
-            else:
+            if _is_position(self, space, i):
                 parts.append(Range(i, low, high, steps=self.steps))
+            elif low > -math.inf or high < math.inf:  # a dimension without bounds needs no pose
+                parts.append(self._sum(space, known, i, low, high, horizon, steps))
         return parts
 
     def _sum(self, space, known, i: int, low: float, high: float, horizon: int, steps: list[int]) -> WeightedSum:
@@ -101,16 +101,16 @@ class KeepOut(OfDimensions):
     Args:
         dims: one to three names or indices. Delta dimensions are summed up from the pose, absolute ones are the
             position themselves; both need `Context.pose`. A space in the frame "tcp" is refused.
-        low: lowest corner, one number or one a dimension, or (batch, dimensions); None for a box without that face.
-        high: highest corner, likewise. Real units.
+        low: lowest corner, one number or one a dimension, or (batch, dimensions). Real units.
+        high: highest corner, likewise. For a wall without a back side use `Workspace`.
         margin: the box is this much larger on every side.
         steps: see `Constraint`; those whose piece of the way (from the step before) counts.
 
     Example: `KeepOut(["x", "y"], [0.1, -0.05], [0.2, 0.05], margin=0.01)` with `Context(pose={"x": 0, "y": 0})`.
     """
 
-    low: float | Sequence[float] | None = None
-    high: float | Sequence[float] | None = None
+    low: float | Sequence[float]
+    high: float | Sequence[float]
     margin: float = 0.0
 
     depths: ClassVar = {"low": 1, "high": 1, "margin": 0}
@@ -120,15 +120,13 @@ class KeepOut(OfDimensions):
         if self.n_dims > 3:
             raise self._refuse(f"a box has one to three dimensions, got {self.n_dims}")
         self._set(
-            low=self._row("low", self.low, self.n_dims, none=-math.inf, infinite=True),
-            high=self._row("high", self.high, self.n_dims, none=math.inf, infinite=True),
+            low=self._row("low", self.low, self.n_dims),
+            high=self._row("high", self.high, self.n_dims),
             margin=self._numbers("margin", self.margin, least="at least 0"),
         )
 
     def _check(self) -> None:
         _check_box(self)
-        if not any(map(math.isfinite, (*self.low, *self.high))):  # type: ignore[misc]
-            raise self._refuse("a box without any face is everywhere; give low, high or both")
 
     @property
     def needs(self) -> frozenset[str]:
