@@ -72,8 +72,18 @@ def test_weights_give_the_exact_conditional_expectation(mode, pulled):
         assert abs(plain - (p * f)[INSIDE].sum() / p[INSIDE].sum()) > 1e-3, "masked sampling alone is biased"
 
 
-def test_projection_has_no_weight():
-    assert np.isnan(line_report(mode="project").log_weight).all()
+@pytest.mark.parametrize("mode", ["mixture", "project"])
+def test_projection_has_no_weight(mode):
+    assert np.isnan(line_report(mode=mode).log_weight).all()
+
+
+def test_mixture_masks_where_the_policy_agrees_and_is_free_elsewhere():
+    case = random_case(0, rows=40)
+    masked, free, mixed = (report_of(case, mode=mode) for mode in ("mask", "project", "mixture"))
+    agrees = mixed.allowed_mass >= 0.5
+    assert 20 < agrees.sum() < agrees.size - 20
+    np.testing.assert_array_equal(mixed.log_q, np.where(agrees, masked.log_q, free.log_q))
+    np.testing.assert_allclose(mixed.mean_after, np.where(agrees, masked.mean_after, free.mean_after))
 
 
 def test_log_prob_counts_text_and_log_p_does_not():
@@ -125,6 +135,8 @@ def oracle(values, p, allowed, bias, mode):
         before[v] = before.get(v, 0) + mass
     tilted = p * np.exp(bias)
     conditioned = tilted * allowed / (tilted * allowed).sum()
+    if mode == "mixture" and (tilted * allowed).sum() >= tilted.sum() / 2:
+        mode = "mask"
     for k, v in enumerate(values):
         if mode == "mask":
             v, mass = v, conditioned[k]
@@ -151,7 +163,7 @@ def entropy(distribution):
 
 
 @pytest.mark.parametrize("pulled", [False, True])
-@pytest.mark.parametrize("mode", ["mask", "transport", "project"])
+@pytest.mark.parametrize("mode", ["mask", "transport", "mixture", "project"])
 @pytest.mark.parametrize("seed", range(4))
 def test_every_number_equals_the_slow_oracle(seed, mode, pulled):
     case = random_case(seed)
@@ -174,7 +186,7 @@ def test_every_number_equals_the_slow_oracle(seed, mode, pulled):
         assert report.value[cell] == values[case["codes"][row, i]]
 
 
-@pytest.mark.parametrize("mode", ["mask", "transport", "project"])
+@pytest.mark.parametrize("mode", ["mask", "transport", "mixture", "project"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_vacuous_constraints_change_nothing(mode, dtype):
     case = random_case(0, dtype=dtype)
@@ -233,7 +245,7 @@ def test_where_projection_moves_to_is_taken_as_given():
 def test_no_allowed_token_is_a_conflict_without_end_and_nothing_after_it():
     case = random_case(0)
     case["allowed"][1, 2] = False
-    for mode in ("mask", "transport", "project"):
+    for mode in ("mask", "transport", "mixture", "project"):
         report = report_of(case, mode=mode)
         assert report.conflict[1, 1, 0] == np.inf
         for name in ("mean_after", "std_after", "entropy_after", "shift"):

@@ -10,9 +10,10 @@ import torch
 
 from hf_vla_actions.actions import ActionSpace
 from hf_vla_actions.decoding.report import ConfidenceReport
+from hf_vla_actions.decoding.taco import AGREES
 from hf_vla_actions.errors import VLAActionsError
 
-MODES = ("transport", "mask", "project")
+MODES = ("transport", "mask", "mixture", "project")
 
 
 def confidence(
@@ -47,8 +48,9 @@ def confidence(
         alone: pairs of a constraint's text and (rows, n, K) bool: what it alone would allow. Masks of one text count
             together.
         bias: (rows, n, K) nats of the soft targets; a constant a position does not matter. None for none.
-        mode: "mask", "transport" or "project".
-        moved: (rows, n, K) real value that "project" makes of each code; None: that of the nearest allowed code.
+        mode: "mask", "transport", "mixture" or "project".
+        moved: (rows, n, K) real value that "project" and "mixture" make of each code; None: that of the nearest allowed
+            code.
         actions: (rows, horizon, dof) what is carried out; None: the values of the codes.
         beams: (rows, n) int64: the row of the logits that each token was chosen from (`beam_indices` of beam search).
 
@@ -156,14 +158,16 @@ def _after(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(rows, n, K) each: log-probability with which a code is generated; what each code becomes, and its mass."""
     pulled = (log_p + nats).log_softmax(-1)
-    if mode == "mask":
-        log_q = (log_p + nats).masked_fill(~mask, -torch.inf).log_softmax(-1)
-        return log_q.masked_fill(~mask, -torch.inf), grid, log_q.exp()  # mass: NaN where no code is allowed
     mass = pulled.exp()
+    masked = pulled.masked_fill(~mask, -torch.inf).log_softmax(-1)
+    if mode == "mask":
+        return masked.masked_fill(~mask, -torch.inf), grid, masked.exp()  # mass: NaN where no code is allowed
     target = _nearest(grid, mask)
     moved = grid.gather(-1, target).masked_fill(~mask.any(-1, keepdim=True), torch.nan)
-    if mode == "project":
-        return pulled, moved if goal is None else goal, mass
+    if mode in ("project", "mixture"):
+        agrees = (mass * mask).sum(-1, keepdim=True) >= (AGREES if mode == "mixture" else torch.inf)
+        log_q = torch.where(agrees, masked, pulled)
+        return log_q, moved if goal is None else goal, log_q.exp()
     received = torch.zeros_like(mass).scatter_add(-1, target, mass)
     # A token that receives nothing keeps its log-probability, which an exponential may not reach.
     log_q = torch.where(mask, torch.maximum(received.log(), pulled), -torch.inf)

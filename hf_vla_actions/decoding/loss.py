@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from hf_vla_actions.constraints import bind
+from hf_vla_actions.constraints.terms import Predicate
+from hf_vla_actions.decoding.masks import penalties as code_costs
 from hf_vla_actions.errors import ConstraintError
 
 if TYPE_CHECKING:
     from hf_vla_actions.config import ActionConfig
-
-SLAB = 4_000_000  # numbers of candidate chunks looked at in one go
 
 
 def taco_loss(
@@ -64,12 +66,11 @@ def taco_loss(
 
 
 class TACOLoss:
-    """`taco_loss` of constraints: what an action token costs, given the demonstrated chunk around it.
+    """`taco_loss` of constraints: what each code would cost after the demonstrated ones before it.
 
-    For each step and dimension every code is tried in place of the demonstrated one, and the excess of each constraint
-    at that step is squared and summed. Constraints of one dimension cost the same whatever the demonstration; coupled
-    ones (Rate, Workspace, ...) are worked out for each batch on the CPU. Of alternatives (`Any`) the one that the
-    demonstration is closest to counts. Soft constraints cost nothing: they forbid nothing.
+    A code is charged for the squared excess that it adds to each constraint. Constraints of one dimension cost the same
+    whatever came before. Of alternatives (`Any`) the one that the demonstration is closest to counts. Soft constraints
+    and `Where` cost nothing: there is no distance to what they allow.
 
     Args:
         constraints: list of constraints in real units, for every row; None for the robot's permanent limits
@@ -98,18 +99,18 @@ class TACOLoss:
         )
         if bound.per_sample:
             raise ConstraintError("a training loss takes one list of constraints (and one context) for all rows")
-        self._ways = bound.branches[0]
-        if not any(way.sets or way.terms for way in self._ways):
+        if not any(way.sets or any(not isinstance(t, Predicate) for t in way.terms) for way in bound.branches[0]):
             raise ConstraintError(
                 "there is no constraint that an action could violate: give at least one, such as Range"
             )
-        self._apart = [self._alone(way.sets) for way in self._ways]
-        self._on_device: dict[torch.device, torch.Tensor] = {}
+        self._ways = [replace(bound, branches=[[way]]) for way in bound.branches[0]]
+        self._costs: dict[torch.device, list[Callable[[torch.Tensor], torch.Tensor]]] = {}
+        self._tables: dict[torch.device, torch.Tensor] = {}
 
     @property
     def is_static(self) -> bool:
         """True if penalties do not depend on the demonstration."""
-        return len(self._ways) == 1 and not self._ways[0].terms
+        return len(self._ways) == 1 and not self._ways[0].branches[0][0].terms
 
     def __call__(
         self,
@@ -129,50 +130,36 @@ class TACOLoss:
             ids: see `taco_loss`.
             n_steps: see `taco_loss`.
         """
-        if not self.is_static:
-            codes = codes.cpu().numpy() if isinstance(codes, torch.Tensor) else codes
-            return taco_loss(logits, self.penalties(codes), pad_mask, ids=ids, n_steps=n_steps)
-        if logits.device not in self._on_device:
-            table = torch.from_numpy(self._apart[0][None])
-            self._on_device[logits.device] = table.to(logits.device, torch.promote_types(logits.dtype, torch.float32))
-        return taco_loss(logits, self._on_device[logits.device], pad_mask, ids=ids, n_steps=n_steps)
+        device = torch.device("cpu") if logits.device.type == "mps" else logits.device  # MPS has no float64
+        penalties = self.penalties(torch.as_tensor(codes).to(device))
+        return taco_loss(logits, penalties, pad_mask, ids=ids, n_steps=n_steps)
 
-    def penalties(self, codes) -> np.ndarray:
-        """(rows, horizon, dof, n_codes) float64: squared violation at each place if that code is taken there.
+    def penalties(self, codes: torch.Tensor) -> torch.Tensor:
+        """(rows, horizon, dof, n_codes) float64: what each code costs at each place, after the codes before it.
 
         Args:
-            codes: (rows, horizon * dof) whole numbers: the demonstration that all other places keep to.
+            codes: (rows, horizon * dof) int64: the demonstration. The result is on its device.
         """
-        dof = len(self.values)
-        codes = np.asarray(codes)
-        if codes.ndim != 2 or codes.shape[1] != self.horizon * dof or codes.dtype.kind not in "iu":
-            raise ConstraintError(f"codes are whole numbers of shape (rows, {self.horizon * dof}), got {codes.shape}")
-        chunks = self.values[np.arange(dof), codes.reshape(-1, self.horizon, dof)]
-        excess = np.stack([way.excess(chunks).sum(axis=1) for way in self._ways])  # (ways, rows)
-        closest = excess.argmin(axis=0)
-        out = np.empty((len(chunks), *self._apart[0].shape))
-        for i, way in enumerate(self._ways):
-            mine = np.flatnonzero(closest == i)
-            out[mine] = self._apart[i]
-            for term in way.terms:
-                self._add(out, term, chunks, mine)
-        return out
+        shape = (self.horizon, *self.values.shape)
+        if codes.ndim != 2 or codes.shape[1] != shape[0] * shape[1] or codes.is_floating_point():
+            raise ConstraintError(
+                f"codes are whole numbers of shape (rows, {shape[0] * shape[1]}), got {codes.dtype} {tuple(codes.shape)}"
+            )
+        if self.is_static:
+            if codes.device not in self._tables:
+                self._tables[codes.device] = self._along(0, codes[:1]).view(1, *shape)
+            return self._tables[codes.device].expand(len(codes), *shape)
+        each = torch.stack([self._along(i, codes).view(-1, *shape) for i in range(len(self._ways))])
+        if len(each) == 1:
+            return each[0]
+        chunks = self.values[np.arange(shape[1]), codes.cpu().numpy().reshape(-1, *shape[:2])]
+        excess = np.stack([way.branches[0][0].excess(chunks).sum(axis=1) for way in self._ways])  # (ways, rows)
+        closest = torch.as_tensor(excess.argmin(axis=0), device=codes.device)
+        return each[closest, torch.arange(len(codes), device=codes.device)]
 
-    def _alone(self, sets) -> np.ndarray:
-        """(horizon, dof, n_codes) squared distance of each code's value to what constraints of one dimension leave."""
-        out = np.zeros((self.horizon, *self.values.shape))
-        for (step, dim), members in sets.items():
-            out[step, dim] = (self.values[dim] - members.nearest(self.values[dim])) ** 2
-        return out
-
-    def _add(self, out: np.ndarray, term, chunks: np.ndarray, rows: np.ndarray) -> None:
-        """Add the squared excess of a coupled term at each step, for every code of each of its dimensions."""
-        n_codes = self.values.shape[1]
-        each = max(1, SLAB // (n_codes * chunks[0].size))
-        for begin in range(0, len(rows), each):
-            here = rows[begin : begin + each]
-            for dim in term.dims:
-                for step in range(self.horizon):
-                    tried = np.repeat(chunks[here], n_codes, axis=0)
-                    tried[:, step, dim] = np.tile(self.values[dim], len(here))
-                    out[here, step, dim] += term.excess(tried)[:, step].reshape(len(here), n_codes) ** 2
+    def _along(self, way: int, codes: torch.Tensor) -> torch.Tensor:
+        """(rows, horizon * dof, n_codes) costs at each position."""
+        if codes.device not in self._costs:
+            self._costs[codes.device] = [code_costs(bound, codes.device) for bound in self._ways]
+        cost = self._costs[codes.device][way]
+        return torch.stack([cost(codes[:, :position]) for position in range(codes.shape[1])], dim=1)

@@ -23,15 +23,15 @@ class ConfidenceReport:
     p is the policy's distribution over the action tokens of a position, given the tokens before it. q is what the mode
     makes of it: "mask": p where allowed, times exp(nats of the soft targets), renormalized; "transport": soft targets
     first, then the mass of each forbidden token moves to the nearest allowed one; "project": the same, to where the
-    value is moved. Both are at temperature 1 and without top-k or top-p. Arrays are float64 (rows, horizon, dof) unless
+    value is moved; "mixture": "mask" where the policy agrees with the constraints, "project" elsewhere. Both are at temperature 1 and without top-k or top-p. Arrays are float64 (rows, horizon, dof) unless
     said otherwise; tokens of equal value count as one.
 
     Args:
         space: names and units of the dimensions.
         horizon: actions in a chunk.
-        mode: "mask", "transport" or "project".
+        mode: "mask", "transport", "mixture" or "project".
         value: real value of the generated token.
-        action: what is carried out: `value`, or where "project" moved it.
+        action: what is carried out: `value`, or where "project" and "mixture" moved it.
         mean_before: mean of p, real units.
         mean_after: mean of q, real units; NaN, as all of q, where no token is allowed.
         std_before: standard deviation of p, real units.
@@ -45,7 +45,7 @@ class ConfidenceReport:
         entropy_after: of q, nats.
         log_prob: log-probability of the generated token among all tokens of the model.
         log_p: the same among the action tokens.
-        log_q: under q; in "project" under the distribution that the token was drawn from, before it was moved.
+        log_q: under q; in "project" and "mixture" under what the token was drawn from, before it was moved.
         blame: text of a constraint to the share of p that it alone would remove.
     """
 
@@ -93,12 +93,12 @@ class ConfidenceReport:
         Chunks sampled at temperature 1 and weighted by it answer for the policy itself, told that the constraints hold:
         E_q[w f] / E_q[w] = E_p[f | constraints], exactly so in mode "mask" if every chunk that satisfies the constraints
         can be generated (their certificate forbids none that could). There it is the sum of log m, less the nats of the
-        soft targets. In "transport" it is as exact but varies more. NaN in "project", where what is carried out is no
-        sequence of tokens, and where a token cannot come from q (another decoder chose it).
+        soft targets. In "transport" it is as exact but varies more. NaN in "project" and "mixture", where what is carried
+        out is no sequence of tokens, and where a token cannot come from q (another decoder chose it).
         """
         p, q = self.sequence_log_p, self.sequence_log_q
         with np.errstate(invalid="ignore"):
-            return np.where(np.isfinite(q) & (self.mode != "project"), p - q, np.nan)
+            return np.where(np.isfinite(q) & (self.mode in ("mask", "transport")), p - q, np.nan)
 
     def rows(self) -> list[dict[str, Any]]:
         """One dictionary per (row, step, dimension): indices, name, unit, every array, `blame: TEXT` a constraint."""
@@ -184,7 +184,7 @@ def effective_sample_size(log_weights) -> float:
     if log_w.ndim != 1 or not log_w.size or np.isnan(log_w).any() or (log_w == np.inf).any():
         raise VLAActionsError(
             f"log weights are numbers of shape (n,), got shape {log_w.shape}, {int(np.isnan(log_w).sum())} of them NaN "
-            "(mode 'project' has none)"
+            "(modes 'project' and 'mixture' have none)"
         )
     if (log_w == -np.inf).all():
         return 0.0
