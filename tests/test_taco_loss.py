@@ -8,7 +8,7 @@ from tiny import action_config, tiny_llama, tiny_llava, tiny_tokenizer
 
 import hf_vla_actions
 from hf_vla_actions import taco_loss
-from hf_vla_actions.constraints import Any, Context, Fix, Range, Rate, Speed, Target, bind
+from hf_vla_actions.constraints import Any, Context, Fix, Range, Rate, Speed, Target, Where, bind
 from hf_vla_actions.data import ChunkDataset, LeRobotDataset
 from hf_vla_actions.decoding import TACOLoss
 from hf_vla_actions.errors import ConstraintError, InfeasibleConstraintError, TrainingError
@@ -162,6 +162,8 @@ def test_what_cannot_be_a_loss_raises(config):
         TACOLoss(None, config)
     with pytest.raises(ConstraintError, match="could violate"):
         TACOLoss([Target("x", 0.0, sigma=0.01)], config)
+    with pytest.raises(ConstraintError, match="could violate"):
+        TACOLoss([Where(lambda chunks: np.ones(len(chunks), dtype=bool), backup=np.zeros(D))], config)
     with pytest.raises(ConstraintError, match="one list of constraints"):
         TACOLoss([[Range("x", -0.01, 0.01)], [Range("x", -0.02, 0.02)]], config)
     with pytest.raises(InfeasibleConstraintError, match="x"):

@@ -149,7 +149,7 @@ class ConfidenceReport:
             f"{text} alone removes {share:.1%} of the probability (mean of the numbers it touches: {touched[text].size})"
             for share, text in removed
         ]
-        if self.text_mass.max() > 0.01:
+        if self.text_mass.max() > 0.1:
             lines.append(
                 f"up to {self.text_mass.max():.1%} of the probability is on text: is this the policy's prompt?"
             )
