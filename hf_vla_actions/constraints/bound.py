@@ -13,7 +13,7 @@ from hf_vla_actions.actions import ActionSpace
 from hf_vla_actions.constraints.branch import Branch
 from hf_vla_actions.constraints.intervals import IntervalSet
 from hf_vla_actions.constraints.projection import STYLES, project_chunks
-from hf_vla_actions.constraints.terms import Pull, Term
+from hf_vla_actions.constraints.terms import Hold, Pull, Term
 from hf_vla_actions.errors import ConstraintError
 
 if TYPE_CHECKING:
@@ -79,6 +79,12 @@ class BoundConstraints:
     def is_static(self) -> bool:
         """True if what is allowed at one place of the chunk does not depend on the rest of it."""
         return all(len(ways) == 1 and not ways[0].terms for ways in self.branches) and not any(self.prices)
+
+    @property
+    def has_pulls(self) -> bool:
+        """True if something acts on the next token softly, depending on those before."""
+        reluctant = [term for ways in self.branches for way in ways for term in way.terms if isinstance(term, Hold)]
+        return any(self.prices) or any(term.hysteresis is not None for term in reluctant)
 
     @cached_property
     def sets(self) -> dict[Cell, IntervalSet]:

@@ -9,7 +9,7 @@ chunk satisfies everything. It is a function of the codes decided so far and of 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ import torch
 from hf_vla_actions.constraints.branch import Branch
 from hf_vla_actions.constraints.component import Component
 from hf_vla_actions.constraints.laws import HoldTable
+from hf_vla_actions.constraints.tables import LawTables
 from hf_vla_actions.constraints.terms import Change, Hold, Predicate, WeightedSum, Zone
 
 Coupled = WeightedSum | Zone | Predicate
@@ -58,7 +59,9 @@ class Certificate:
         rows = len(codes)
         each = rows // self.n_samples
         if len(self._groups) == 1:
-            samples = torch.arange(rows, device=self.device) // each if self.n_samples > 1 else _zeros(rows, self.device)
+            samples = (
+                torch.arange(rows, device=self.device) // each if self.n_samples > 1 else _zeros(rows, self.device)
+            )
             return _any_way(self._groups[0][1], codes, t, d, samples).expand(rows, n_codes)
         out = torch.zeros((rows, n_codes), dtype=torch.bool, device=self.device)
         for members, ways in self._groups:
@@ -92,7 +95,9 @@ class _Way:
         self.limits = torch.as_tensor(limits, device=device)
         self.limited = np.isfinite(limits).any(axis=0)
         self.last = torch.as_tensor(np.stack([branch.laws.start for branch in branches]), device=device)  # (S, D)
-        self.holds = {d: _Holds([b.laws.holds[d] for b in branches], values[d], device) for d in branches[0].laws.holds}
+        self.holds = {
+            d: _Holds([b.laws.holds[d] for b in branches], values[d], device) for d in branches[0].laws.holds
+        }
         self.components = self._components(branches, tables)
         self.of_dim = {d: part for part in self.components for d in part.dims}
 
@@ -164,7 +169,9 @@ class _Holds:
             for table in tables
         ]
         self.fine = torch.as_tensor(np.array(fine), device=device)  # (S, T, before, after, held, switches)
-        self.first = torch.tensor([bool(table.term.is_open(table.term.last)) for table in tables], device=device).long()
+        self.first = torch.tensor(
+            [bool(table.term.is_open(table.term.last)) for table in tables], device=device
+        ).long()
         self.held = torch.tensor([min(table.term.held, table.cap) for table in tables], device=device)
 
     def allowed(self, codes: torch.Tensor, t: int, samples: torch.Tensor) -> torch.Tensor:
@@ -219,8 +226,7 @@ def _connected(terms: Sequence[tuple[int, tuple[int, ...]]]) -> list[tuple[tuple
 
 def _first(branch: Branch) -> np.ndarray:
     """(J + 2, dof) codes of step 0 by each law, and as low and as high as can be."""
-    tables, laws = branch.tables, branch.laws
-    assert tables is not None
+    laws, tables = branch.laws, cast(LawTables, branch.tables)
     first = np.stack([tables.first(d, laws.start[d]) for d in range(laws.dof)], axis=1)
     for d, aim in laws.aims.items():
         goal = aim.goal(0, np.zeros(1))

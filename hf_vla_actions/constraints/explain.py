@@ -12,7 +12,7 @@ from hf_vla_actions.errors import InfeasibleConstraintError
 
 if TYPE_CHECKING:
     from hf_vla_actions.constraints.base import Constraint
-    from hf_vla_actions.constraints.bind import _Binder
+    from hf_vla_actions.constraints.binder import Binder
     from hf_vla_actions.constraints.branch import Branch
 
 NOT_PROVEN = (
@@ -20,7 +20,9 @@ NOT_PROVEN = (
 )
 
 
-def explain_start(binder: _Binder, sample: int, guilty: Sequence[Constraint], known: Known) -> InfeasibleConstraintError:
+def explain_start(
+    binder: Binder, sample: int, guilty: Sequence[Constraint], known: Known
+) -> InfeasibleConstraintError:
     """The error for a smallest set of constraints that has no certified completion from here.
 
     Args:

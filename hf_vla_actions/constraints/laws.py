@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -100,6 +101,18 @@ class Moves:
         there = members.nearest(np.clip(wanted, known - reach, known + reach))
         return np.where(np.abs(there - known) <= limit, there, members.nearest(known))
 
+    def leap(self, law: int, t: int, dims: np.ndarray, previous: np.ndarray) -> np.ndarray:
+        """`step` for several dimensions (n, k) at once, each with a single interval."""
+        low, high = np.array([(self.viable[t][d].lows[0], self.viable[t][d].highs[0]) for d in dims]).T
+        goal, limit = self.goals[law][t, dims], self.limits[t, dims]
+        wanted = np.where(np.isnan(goal), np.where(np.isnan(previous), 0.0, previous), goal)
+        known = np.where(np.isnan(previous), wanted, previous)
+        reach = np.where(
+            np.isfinite(limit), limit - 4 * np.spacing(np.maximum(np.abs(known), np.minimum(limit, 1e300))), np.inf
+        )
+        there = np.clip(np.clip(wanted, known - reach, known + reach), low, high)
+        return np.where(np.abs(there - known) <= limit, there, np.clip(known, low, high))
+
 
 @dataclass(frozen=True, eq=False)
 class Aim:
@@ -142,10 +155,22 @@ class Laws:
     def complete(self, law: int, chunks: np.ndarray, step: int, dim: int) -> np.ndarray:
         """Carry chunks (n, horizon, dof) on by a law, from (step, dim) to the end; what comes before is kept."""
         out = np.array(chunks, dtype=np.float64)
+        first = step + (np.arange(self.dof) < dim)
+        for t in range(step, self.horizon):
+            here = self.plain[first[self.plain] <= t]
+            if len(here):
+                previous = out[:, t - 1, here] if t else np.broadcast_to(self.start[here], (len(out), len(here)))
+                out[:, t, here] = self.moves.leap(law, t, here, previous)
         for d in range(self.dof):
-            for t in range(step + (d < dim), self.horizon):
+            for t in range(first[d], self.horizon) if d not in self.plain else ():
                 out[:, t, d] = self._next(law, t, d, out[:, :, d])
         return out
+
+    @cached_property
+    def plain(self) -> np.ndarray:
+        """Dimensions whose next value needs no more than one interval a step: they are completed all at once."""
+        single = [all(len(row[d].pairs) == 1 for row in self.moves.viable) for d in range(self.dof)]
+        return np.array([d for d in np.flatnonzero(single) if d not in self.aims and d not in self.holds], dtype=int)
 
     def _next(self, law: int, t: int, d: int, path: np.ndarray) -> np.ndarray:
         previous = path[:, t - 1] if t else np.full(len(path), self.start[d])
@@ -257,5 +282,6 @@ def _within(members: IntervalSet, following: IntervalSet, limit: float) -> Inter
         near = np.abs(following.nearest(members.lows) - members.lows) <= limit
         return IntervalSet(members.pairs[near])
     reach = limit - 8 * np.spacing(max(limit, np.abs(following.pairs[np.isfinite(following.pairs)]).max(initial=0.0)))
+    reach = max(reach, 0.0)
     grown = IntervalSet(np.stack([following.lows - reach, following.highs + reach], axis=1))
     return members.intersect(grown)

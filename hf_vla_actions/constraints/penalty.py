@@ -66,7 +66,8 @@ def pull_nats(pulls: Sequence[Pull], prefix: Prefix) -> torch.Tensor | None:
     counted = _tensor(one.counted[: prefix.t], prefix)
     total = torch.where(counted, prefix.before[:, :, one.dim], 0.0).sum(dim=1)
     goal, sigma, weight = (
-        _tensor([getattr(pull, name) for pull in pulls], prefix)[prefix.samples] for name in ("total", "sigma", "weight")
+        _tensor([getattr(pull, name) for pull in pulls], prefix)[prefix.samples]
+        for name in ("total", "sigma", "weight")
     )
     off = prefix.next[None] - ((goal - total) / left)[:, None]
     return -(weight / sigma**2)[:, None] * off**2 * left / 2
@@ -90,7 +91,10 @@ def _change(terms: Sequence[Change], prefix: Prefix) -> torch.Tensor:
 
 def _sum(terms: Sequence[WeightedSum], prefix: Prefix) -> torch.Tensor | None:
     one, t = terms[0], prefix.t
-    low, high = (_tensor([b[t] for b in ends], prefix)[prefix.samples, None] for ends in zip(*[(x.low, x.high) for x in terms], strict=True))
+    low, high = (
+        _tensor([b[t] for b in ends], prefix)[prefix.samples, None]
+        for ends in zip(*[(x.low, x.high) for x in terms], strict=True)
+    )
     amounts = {d: _weigh(one, i, prefix.at(d)) for i, d in enumerate(one.dims) if d <= prefix.d}
     used = sum((a for d, a in amounts.items() if d < prefix.d), torch.zeros_like(low))
     after = used + amounts[prefix.d]
@@ -120,7 +124,9 @@ def _zone(zones: Sequence[Zone], prefix: Prefix) -> torch.Tensor:
     enter, leave, start, end, corners = None, None, [], [], []
     for i, d in enumerate(one.dims):
         origin = _tensor([zone.origin[i] for zone in zones], prefix)[prefix.samples]
-        here = origin + prefix.before[:, :, d].sum(dim=1) if one.delta[i] else (prefix.before[:, -1, d] if t else origin)
+        here = (
+            origin + prefix.before[:, :, d].sum(dim=1) if one.delta[i] else (prefix.before[:, -1, d] if t else origin)
+        )
         a = here[:, None]
         b = a + prefix.at(d) if one.delta[i] else prefix.at(d).expand(len(a), -1)
         low, high = (
@@ -158,7 +164,9 @@ def _hold(holds: Sequence[Hold], prefix: Prefix) -> torch.Tensor:
     states = torch.cat([first[:, None], is_open(prefix.before[:, :, one.dim])], dim=1)
     change = (states[:, 1:] != states[:, :-1]).long()
     since = (change.flip(1).cumsum(1) == 0).long().sum(1)
-    held = torch.where(change.any(1), since + 1, _tensor([hold.held for hold in holds], prefix)[prefix.samples] + prefix.t)
+    held = torch.where(
+        change.any(1), since + 1, _tensor([hold.held for hold in holds], prefix)[prefix.samples] + prefix.t
+    )
     early = held < one.min_hold
     if one.max_switches is not None:
         early = early | (change.sum(1) >= one.max_switches)

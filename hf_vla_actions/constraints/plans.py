@@ -31,6 +31,8 @@ def find_plan(
         half_bin: (dof,) half the distance of token values: the plan keeps as far inside that rounding does no harm.
     """
     sums = [term for term in terms if isinstance(term, WeightedSum) and not term.cumulative]
+    if not sums:
+        return []
     still = np.tile(np.nan_to_num(rest), (1, horizon, 1))
     low, high = still.copy(), still.copy()
     for t in range(horizon):

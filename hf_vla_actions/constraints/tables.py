@@ -24,6 +24,8 @@ class LawTables:
         self.moves, self.values = moves, values
         self.n_laws, self.horizon = len(moves.goals), len(moves.viable)
         self._memory: dict[tuple[str, int], np.ndarray] = {}
+        self._amounts: dict[tuple, Amounts] = {}
+        self._starts: dict[tuple[int, float | None], np.ndarray] = {}
 
     @cached_property
     def viable(self) -> np.ndarray:
@@ -57,10 +59,23 @@ class LawTables:
 
     def first(self, dim: int, start: float) -> np.ndarray:
         """(J + 2,): codes at step 0, by each law and by going as low and as high as it can."""
-        before = np.array([start])
-        values = [self.moves.step(j, 0, dim, before)[0] for j in range(self.n_laws)]
-        values += [self.moves.step(0, 0, dim, before, np.array([goal]))[0] for goal in self._ends(dim)]
-        return self.codes_of(dim, np.array(values))
+        goals = [goals[0, dim] for goals in self.moves.goals]
+        if np.isinf(self.moves.limits[0, dim]) and not np.isnan(goals).any():
+            start = np.nan  # where it comes from makes no difference
+        key = dim, None if np.isnan(start) else start
+        if key not in self._starts:
+            before = np.array([start])
+            values = [self.moves.step(j, 0, dim, before)[0] for j in range(self.n_laws)]
+            values += [self.moves.step(0, 0, dim, before, np.array([goal]))[0] for goal in self._ends(dim)]
+            self._starts[key] = self.codes_of(dim, np.array(values))
+        return self._starts[key]
+
+    def amounts(self, dim: int, amounts: np.ndarray, counted: np.ndarray | None, cumulative: bool) -> Amounts:
+        """What codes of a dimension add along the laws; see `Amounts`."""
+        key = dim, amounts.tobytes(), None if counted is None else counted.tobytes(), cumulative
+        if key not in self._amounts:
+            self._amounts[key] = Amounts(self, dim, amounts, counted, cumulative)
+        return self._amounts[key]
 
     def _once(self, name: str, dim: int, make) -> np.ndarray:
         if (name, dim) not in self._memory:
@@ -118,17 +133,16 @@ class Amounts:
         self.amounts = amounts
         taken = amounts[tables.paths(dim)]  # (J, T, K, T)
         steps = np.arange(tables.horizon)
-        after = steps[None, :] >= steps[:, None]
-        mask = after if counted is None else after & counted[None, :]
+        self.after = steps[None, :] >= steps[:, None]
+        mask = self.after if counted is None else self.after & counted[None, :]
         taken = np.where(mask[None, :, None, :], taken, 0.0)
         self.paths = np.cumsum(taken, axis=-1) if cumulative else taken
-        later = np.where(after[None, :, None, :], self.paths, -np.inf)
-        self.falls = bool((later.max(axis=-1) <= _own(self.paths)).all())  # no later sum is above that of step t
 
-
-def _own(paths: np.ndarray) -> np.ndarray:
-    """(J, T, K) entries of (J, T, K, T) at s = t."""
-    return np.moveaxis(np.diagonal(paths, axis1=1, axis2=3), -1, 1)
+    def ends(self, bounded: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(J, T, K) least and largest amount along each path, over the steps s >= t that are `bounded` (T,)."""
+        mask = (self.after & bounded[None, :])[None, :, None, :]
+        least = np.where(mask, self.paths, np.inf).min(axis=-1)
+        return least, np.where(mask, self.paths, -np.inf).max(axis=-1)
 
 
 def grain(largest: float) -> float:

@@ -18,17 +18,17 @@ class CoupledMasks:
     """Everything about the next token that depends on those before it, on one device.
 
     Args:
-        bound: constraints bound to the token grid.
+        bound: constraints; bound to the token grid if they are to be certified.
         device: where the scores live.
+        certify: False for decoding that only soft terms act on.
     """
 
-    def __init__(self, bound: BoundConstraints, device: torch.device):
+    def __init__(self, bound: BoundConstraints, device: torch.device, certify: bool = True):
         self.device = device
         self.n_samples, self.dof = bound.n_samples, bound.space.dof
         self.values = torch.as_tensor(bound._grid().copy(), device=device)
-        self.certificate = bound.certificate(device) if any(w.terms for ways in bound.branches for w in ways) or any(
-            len(ways) > 1 for ways in bound.branches
-        ) else None
+        coupled = any(len(ways) > 1 or ways[0].terms for ways in bound.branches)
+        self.certificate = bound.certificate(device) if certify and coupled else None
         self._prices = _alike([list(prices) for prices in bound.prices] or [[]] * self.n_samples)
         self._order = torch.as_tensor(np.argsort(bound._grid(), axis=1, kind="stable"), device=device)
         self.reluctant = _reluctant(bound, device)
@@ -48,8 +48,10 @@ class CoupledMasks:
         for members, prices in self._prices:
             rows = torch.isin(samples, torch.tensor(members, device=self.device)) if len(self._prices) > 1 else None
             mine = codes if rows is None else codes[rows]
-            local = samples if rows is None else torch.searchsorted(
-                torch.tensor(members, device=self.device), samples[rows]
+            local = (
+                samples
+                if rows is None
+                else torch.searchsorted(torch.tensor(members, device=self.device), samples[rows])
             )
             prefix = Prefix(mine, self.values, local)
             for alike in prices:
@@ -72,13 +74,17 @@ class CoupledMasks:
         below = torch.where(ok, places, -1).cummax(dim=1).values
         above = torch.where(ok, places, len(order)).flip(1).cummin(dim=1).values.flip(1)
         down = torch.where(below < 0, torch.inf, sorted_values - sorted_values[below.clamp(min=0)])
-        up = torch.where(above == len(order), torch.inf, sorted_values[above.clamp(max=len(order) - 1)] - sorted_values)
+        up = torch.where(
+            above == len(order), torch.inf, sorted_values[above.clamp(max=len(order) - 1)] - sorted_values
+        )
         place = torch.where(down <= up, below, above).clamp(0, len(order) - 1)
         target = torch.empty_like(place)
         target[:, order] = order[place]
         return torch.where(allowed, torch.arange(len(order), device=self.device), target)
 
-    def keep_state(self, codes: torch.Tensor, scores: torch.Tensor, allowed: torch.Tensor | None) -> torch.Tensor | None:
+    def keep_state(
+        self, codes: torch.Tensor, scores: torch.Tensor, allowed: torch.Tensor | None
+    ) -> torch.Tensor | None:
         """`allowed` without changes of the gripper that the policy is not sure enough of.
 
         Args:
@@ -161,7 +167,11 @@ def _kind(part: Any) -> tuple:
     term = part.terms[0] if isinstance(part, Price) else part
     dims = (term.dim,) if isinstance(term, (Pull, Hold)) else term.dims
     facts = [getattr(term, name, None) for name in ("weights", "power", "cumulative", "counted", "delta", "min_hold")]
-    return (type(term), dims, *[np.asarray(fact).tobytes() if isinstance(fact, np.ndarray) else fact for fact in facts])
+    return (
+        type(term),
+        dims,
+        *[np.asarray(fact).tobytes() if isinstance(fact, np.ndarray) else fact for fact in facts],
+    )
 
 
 def _reluctant(bound: BoundConstraints, device: torch.device) -> dict[int, tuple[torch.Tensor, ...]]:

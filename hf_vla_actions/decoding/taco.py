@@ -165,7 +165,7 @@ class TACOLogitsProcessor(LogitsProcessor):
     @property
     def is_coupled(self) -> bool:
         """True if what is allowed depends on the tokens before; the ids are then read back at every step."""
-        return not self._loop.is_static
+        return self._loop.has_pulls if self.mode == "project" else not self._loop.is_static
 
     def _build(self) -> dict[str, np.ndarray | None]:
         """The tables as NumPy arrays, (S, n, K) each."""
@@ -308,7 +308,7 @@ class TACOLogitsProcessor(LogitsProcessor):
 
     def _masks_on(self, device: torch.device) -> CoupledMasks:
         if device not in self._masks:
-            self._masks[device] = CoupledMasks(self._loop, device)
+            self._masks[device] = CoupledMasks(self._loop, device, certify=self.mode != "project")
         return self._masks[device]
 
     def _select(self, table: torch.Tensor, position: int | torch.Tensor, rows: int) -> torch.Tensor:
