@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import product
+from typing import Any as AnyType
 from typing import TypeVar
 
 import numpy as np
@@ -18,7 +20,7 @@ from hf_vla_actions.constraints.laws import Laws, Moves, find_backups, find_limi
 from hf_vla_actions.constraints.plans import find_plan
 from hf_vla_actions.constraints.reach import Reach
 from hf_vla_actions.constraints.tables import LawTables
-from hf_vla_actions.constraints.terms import Change, Hold, Known, Pull, Term
+from hf_vla_actions.constraints.terms import Change, Hold, Known, Pull, Term, WeightedSum
 from hf_vla_actions.errors import ConstraintError, InfeasibleConstraintError
 
 ROBOTS, REMEMBERED = 8, 256  # what is kept from one call to the next: binders, and things worked out by each
@@ -103,27 +105,29 @@ class Binder:
                     cells.setdefault((step, int(part.dim)), []).append((source, part))
         sets = {}
         for (step, dim), active in sorted(cells.items(), key=lambda item: item[0]):
-            here = [part for _, part in active]
-            members = self.once(("set", dim, repr(here)), lambda d=dim, h=here: self.reaches[d].satisfying(h))
+            here: AnyType = [part for _, part in active]
+            members = self.once(("set", dim, repr(here)), partial(self.reaches[dim].satisfying, here))
             if members.is_empty:
-                raise self.reaches[dim].explain(sample, step, [(str(source), part) for source, part in active])
+                named: AnyType = [(str(source), part) for source, part in active]
+                raise self.reaches[dim].explain(sample, step, named)
             sets[step, dim] = members
-        terms = [(source, part) for source, part in parts if not isinstance(part, Constraint)]
+        terms: AnyType = [(source, part) for source, part in parts if not isinstance(part, Constraint)]
         _check_holds([part for _, part in terms])
         return self.build(sets, terms, known)
 
     def build(self, sets: dict[tuple[int, int], IntervalSet], terms: Sequence[Sourced], known: Known) -> Branch:
         """The branch of some sets and terms."""
-        only = [part for _, part in terms]
+        only: AnyType = [part for _, part in terms]
         limits = find_limits(only, self.horizon, self.space.dof)
         extra = find_backups(only, self.rest, self.horizon)
-        extra += find_plan(only, sets, self.members, self.rest, self.horizon, self.half_bin)
-        key = (
-            "moves",
-            tuple((cell, id(m)) for cell, m in sets.items()),
-            limits.tobytes(),
-            *[e.tobytes() for e in extra],
+        shared = tuple((cell, id(m)) for cell, m in sets.items()), limits.tobytes()
+        sums = [term for term in only if isinstance(term, WeightedSum) and not term.cumulative]
+        facts = [(s.dims, s.power, np.array(s.weights).tobytes(), s.low.tobytes(), s.high.tobytes()) for s in sums]
+        extra += self.once(
+            ("plan", *shared, *facts),
+            lambda: find_plan(only, sets, self.members, self.rest, self.horizon, self.half_bin),
         )
+        key = ("moves", *shared, *[e.tobytes() for e in extra])
         moves = self.once(key, lambda: Moves(self.members, sets, limits, self.rest, extra))
         start = np.full(self.space.dof, np.nan) if known.last_action is None else known.last_action
         if known.pose is not None:
@@ -132,7 +136,7 @@ class Binder:
         laws = Laws(self.space, moves, only, start)
         tables = None
         if self.grid and moves.empty is None:
-            tables = self.once(("tables", id(moves)), lambda: LawTables(moves, self.values))
+            tables = self.once(("tables", id(moves)), lambda: LawTables(moves, self.values))  # type: ignore[arg-type]
         return Branch(sets, only, [str(source) for source, _ in terms], laws, tables)
 
     def certified(self, branches: Sequence[Sequence[Branch]]) -> list[list[bool]]:

@@ -87,7 +87,7 @@ class _Way:
         self.device = device
         self.dof = len(values)
         self.values = torch.as_tensor(values, device=device)
-        tables = [branch.tables for branch in branches]
+        tables = [cast(LawTables, branch.tables) for branch in branches]
         different = list(dict.fromkeys(tables))
         self.table_of = torch.tensor([different.index(table) for table in tables], device=device)
         self.viable = torch.as_tensor(np.stack([table.viable for table in different]), device=device)  # (U, T, D, K)
@@ -194,7 +194,7 @@ def _any_way(ways: Sequence[_Way], codes, t: int, d: int, samples) -> torch.Tens
 
 def _kind(branch: Branch) -> tuple:
     """Branches of equal kind differ in numbers only."""
-    facts = []
+    facts: list[tuple] = []
     for term in branch.terms:
         if isinstance(term, WeightedSum):
             counted = None if term.counted is None else tuple(term.counted)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -51,9 +52,10 @@ class Component:
         self.escaping = sorted({d for i in zones for d in terms[0][i].dims})
         self.extremes = {d: self._stack([t.extremes(d) for t in different]) for d in self.escaping}  # (2, U, T, K)
         self.aims = Aims(aims, different, [table.viable for table in different], self) if aims[0] else None
-        self.sums = [SumPart(self, [sample[i] for sample in terms]) for i in self._kinds(terms, WeightedSum)]
-        self.zones = [ZonePart(self, [sample[i] for sample in terms]) for i in zones]
-        self.predicates = [PredicatePart(self, [s[i] for s in terms]) for i in self._kinds(terms, Predicate)]
+        each: Any = [[sample[i] for sample in terms] for i in range(len(terms[0]))]
+        self.sums = [SumPart(self, each[i]) for i in self._kinds(terms, WeightedSum)]
+        self.zones = [ZonePart(self, each[i]) for i in zones]
+        self.predicates = [PredicatePart(self, each[i]) for i in self._kinds(terms, Predicate)]
 
     def paths(self, e: int) -> torch.Tensor:
         """(J, U, T, K, T) codes of dimension e along the laws."""
@@ -83,17 +85,19 @@ class Component:
             own: True: for each code of the present dimension, (R, K). False: for what is decided alone, (R, 1).
         """
         state = State(self, codes, t, d, samples, own)
-        good = None
-        for part in (*self.sums, *self.zones, *self.predicates):
+        good: Any = None
+        parts: Any = (*self.sums, *self.zones, *self.predicates)
+        for part in parts:
             ok = part.holds(state)  # (J, R, K or 1)
             good = ok if good is None else good & ok
-        return good.any(dim=0)  # type: ignore[union-attr]  # a component has at least one term
+        return good.any(dim=0)
 
     def kept(self, codes: torch.Tensor, t: int, samples: torch.Tensor) -> torch.Tensor:
         """(R, 1): whether step t, all of whose dimensions are decided in codes (R, (t + 1) * dof), kept to the terms."""
         state = State(self, codes, t, self.first.shape[2], samples, own=False, steps=1)
         ok = torch.ones((len(codes), 1), dtype=torch.bool, device=self.device)
-        for part in (*self.sums, *self.zones):
+        checked: Any = (*self.sums, *self.zones)
+        for part in checked:
             ok = ok & part.holds(state)[0]
         return ok
 

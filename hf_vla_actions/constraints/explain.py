@@ -91,6 +91,6 @@ def _range_of(term: WeightedSum, branch: Branch, step: int) -> tuple[tuple[float
             low[t] += amounts.min()
             high[t] += amounts.max()
     counted = np.ones(step + 1, dtype=bool) if term.counted is None else term.counted[: step + 1]
-    ends = (low[counted].sum(), high[counted].sum()) if term.cumulative else (low[step], high[step])
-    reach = (float(np.sqrt(max(end, 0.0))) if term.power == 2 else float(end + term.origin) for end in ends)
+    span = (low[counted].sum(), high[counted].sum()) if term.cumulative else (low[step], high[step])
+    reach = (float(np.sqrt(max(end, 0.0))) if term.power == 2 else float(end + term.origin) for end in span)
     return (next(reach), next(reach)), (float(term.low[step]), float(term.high[step]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -32,7 +32,8 @@ class Amount:
     def find_ends(self, bounded: np.ndarray) -> None:
         """Look up the least and largest amount along each path instead of the path itself."""
         ends = [one.ends(bounded) for one in self.made]
-        self.ends = tuple(self.part._stack([end[i] for end in ends]) for i in (0, 1))  # (J, U, T, K)
+        least, largest = (self.part._stack([end[i] for end in ends]) for i in (0, 1))  # (J, U, T, K)
+        self.ends = least, largest
 
     def end(self, state: State, which: int) -> torch.Tensor:
         """(J, R or 1, K or 1): least (0) or largest (1) amount from the present step on."""
@@ -66,6 +67,13 @@ class Amount:
 
 
 class SumPart:
+    """A weighted sum of the samples of a component.
+
+    Args:
+        part: the component.
+        terms: the sum of each sample; they differ in bounds and origin only.
+    """
+
     def __init__(self, part: Component, terms: Sequence[WeightedSum]):
         one = terms[0]
         amounts, slack = amounts_of(one, part.values, part.horizon)
@@ -103,6 +111,7 @@ class SumPart:
         return True
 
     def holds(self, state: State) -> torch.Tensor:
+        """(J, R, K or 1) bool: the sums of each completion, from the present step on, are within their bounds."""
         if self.by_ends and state.steps > 1:
             return self._ends_hold(state)
         t = state.t
@@ -110,7 +119,8 @@ class SumPart:
         for amount in self.amounts[1:]:
             total = total + amount.along(state)
         if self.cumulative:
-            total = total + sum(a.so_far(state) for a in self.amounts)[None, :, None, None]
+            past: Any = sum(amount.so_far(state) for amount in self.amounts)
+            total = total + past[None, :, None, None]
         steps = slice(t, t + total.shape[-1])
         ok = None
         if self.has_high[steps].any():
@@ -145,18 +155,25 @@ def _all_true(state: State, device: torch.device) -> torch.Tensor:
 
 
 class ZonePart:
+    """A zone of the samples of a component.
+
+    Args:
+        part: the component.
+        zones: the zone of each sample.
+    """
+
     def __init__(self, part: Component, zones: Sequence[Zone]):
         one = zones[0]
-        made = [positions_of(zone, part.values, part.horizon) for zone in zones]
-        self.moves = [Amount(part, d, [made[0][0][i]], None, bool(one.delta[i])) for i, d in enumerate(one.dims)]
+        moves, origins, margin = positions_of(zones, part.values, part.horizon)
+        self.moves = [Amount(part, d, [moves[i]], None, bool(one.delta[i])) for i, d in enumerate(one.dims)]
         self.delta = one.delta
-        grow = np.array([margin for *_, margin in made])[:, None]
-        self.low = part._tensor(np.stack([zone.low for zone in zones]) - grow)  # (S, n)
-        self.high = part._tensor(np.stack([zone.high for zone in zones]) + grow)
-        self.origin = part._tensor(np.stack([origin for _, origin, _ in made]))
+        self.low = part._tensor(np.stack([zone.low for zone in zones]) - margin)  # (S, n)
+        self.high = part._tensor(np.stack([zone.high for zone in zones]) + margin)
+        self.origin = part._tensor(origins)
         self.steps = part._tensor(np.stack([zone.steps for zone in zones]))
 
     def holds(self, state: State) -> torch.Tensor:
+        """(J, R, K or 1) bool: the path of each completion, from the present step on, stays out of the box."""
         enter, leave = None, None
         for i, move in enumerate(self.moves):
             start, end = self._pieces(state, i, move)
@@ -191,6 +208,7 @@ class PredicatePart:
         self.terms, self.part = terms, part
 
     def holds(self, state: State) -> torch.Tensor:
+        """(J, R, K or 1) bool: the function allows the chunk that each completion leads to."""
         part, values = self.part, self.part.values
         paths = [state.path_codes(e).expand(-1, state.rows, -1, -1) for e in part.dims]
         width = max(path.shape[2] for path in paths)

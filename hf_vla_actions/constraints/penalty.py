@@ -139,7 +139,9 @@ def _zone(zones: Sequence[Zone], prefix: Prefix) -> torch.Tensor:
         out = torch.where(still, torch.where(within, 1.0, -1.0), torch.maximum(first, second))
         enter = into.clamp(min=0.0) if enter is None else torch.maximum(enter, into)
         leave = out.clamp(max=1.0) if leave is None else torch.minimum(leave, out)
-        start.append(a), end.append(b), corners.append((low, high))
+        start.append(a)
+        end.append(b)
+        corners.append((low, high))
     steps = _tensor([zone.steps[t] for zone in zones], prefix)[prefix.samples, None]
     hit = (enter <= leave) & steps  # type: ignore[operator]
     middle = torch.where(hit, enter + leave, 0.0) / 2  # type: ignore[operator]

@@ -52,7 +52,7 @@ def find_plan(
 
 
 def _narrower(term: WeightedSum, half_bin: np.ndarray) -> WeightedSum:
-    room = float(np.abs(term.weights) @ half_bin[list(term.dims)])
+    bins = float(np.abs(term.weights) @ half_bin[list(term.dims)])
     low, high = np.array(term.low, dtype=np.float64), np.array(term.high, dtype=np.float64)
-    room = np.minimum(room, np.where(np.isfinite(high - low), (high - low) / 2, np.inf))
+    room = np.minimum(bins, np.where(np.isfinite(high - low), (high - low) / 2, np.inf))
     return replace(term, low=low + room, high=np.maximum(high - room, 0.0 if term.power != 1 else -np.inf))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -45,7 +46,8 @@ class Sample:
                 except InfeasibleConstraintError as error:
                     self.problem = self.problem or error
         except InfeasibleConstraintError as error:
-            self.problem = error
+            # What is violated before the chunk begins does not know which sample it belongs to.
+            self.problem = InfeasibleConstraintError(**{**vars(error), "sample": self.index})
         return branches
 
     def settle(self, starts: Sequence[bool], on_infeasible: str) -> None:
@@ -88,7 +90,7 @@ class Sample:
         """The branch that leaves nothing but the values nearest to staying as it is, and those actions themselves."""
         binder, space = self.binder, self.binder.space
         still = [0.0 if binder.rest[d] == 0 and space.delta[d] else self._stays_at(d) for d in range(space.dof)]
-        sets = {}
+        sets: dict[tuple[int, int], IntervalSet] = {}
         for d, value in enumerate(still):
             here = binder.members[d].closest(value)
             sets |= {(t, d): IntervalSet.points(here.lows[:1]) for t in range(binder.horizon)}
@@ -115,15 +117,15 @@ class Sample:
         for part, weight in self._soft_parts():
             if not isinstance(part, OneDimensional):
                 continue
+            added: Any = part.nats(binder.values[int(part.dim)])
             dim = int(part.dim)
             row, reach = binder.values[dim], binder.reaches[dim]
             if weight is None:
                 _warn_beyond(part, reach)
-                added = part.nats(row)
             else:
                 added = -weight * (part.narrow(IntervalSet.everything(), reach.half_bin).nearest(row) - row) ** 2
             for step in part.steps_in(binder.horizon):
-                nats[step, dim] = nats.get((step, dim), 0.0) + added
+                nats[step, dim] = nats.get((step, dim), np.zeros(len(row))) + added
         return nats
 
     def prices(self) -> list[Price | Pull]:
@@ -134,7 +136,8 @@ class Sample:
         return [part if isinstance(part, Pull) else Price((part,), weight) for part, weight in parts]  # type: ignore
 
     def _soft_parts(self) -> list[tuple[Constraint | Term | Pull, float | None]]:
-        binder, found = self.binder, []
+        binder = self.binder
+        found: list[Any] = []
         for source in self.constraints:
             for part in filter(is_soft, source.expand(binder.space, binder.horizon, self.known, binder.half_bin)):
                 if not isinstance(part, Soft):
@@ -142,7 +145,7 @@ class Sample:
                     continue
                 inner = part.constraint.expand(binder.space, binder.horizon, self.known, binder.half_bin)
                 found += [(piece, part.weight) for piece in inner]
-        return found  # type: ignore[return-value]
+        return found
 
 
 def _warn_beyond(constraint: Constraint, reach: Reach) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 
 import numpy as np
@@ -131,6 +132,7 @@ class Amounts:
 
     def __init__(self, tables: LawTables, dim: int, amounts: np.ndarray, counted: np.ndarray | None, cumulative: bool):
         self.amounts = amounts
+        self._ends: dict[bytes, tuple[np.ndarray, np.ndarray]] = {}
         taken = amounts[tables.paths(dim)]  # (J, T, K, T)
         steps = np.arange(tables.horizon)
         self.after = steps[None, :] >= steps[:, None]
@@ -140,9 +142,12 @@ class Amounts:
 
     def ends(self, bounded: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(J, T, K) least and largest amount along each path, over the steps s >= t that are `bounded` (T,)."""
-        mask = (self.after & bounded[None, :])[None, :, None, :]
-        least = np.where(mask, self.paths, np.inf).min(axis=-1)
-        return least, np.where(mask, self.paths, -np.inf).max(axis=-1)
+        key = bounded.tobytes()
+        if key not in self._ends:
+            mask = (self.after & bounded[None, :])[None, :, None, :]
+            least = np.where(mask, self.paths, np.inf).min(axis=-1)
+            self._ends[key] = least, np.where(mask, self.paths, -np.inf).max(axis=-1)
+        return self._ends[key]
 
 
 def grain(largest: float) -> float:
@@ -158,10 +163,12 @@ def amounts_of(term: WeightedSum, values: np.ndarray, horizon: int) -> tuple[lis
     return [np.round(a / step) * step for a in raw], step * times * len(raw)
 
 
-def positions_of(zone: Zone, values: np.ndarray, horizon: int) -> tuple[list[np.ndarray], np.ndarray, float]:
-    """Rounded moves (K,) of each dimension of a zone, its rounded origin, and a margin that covers all rounding."""
-    raw = [values[d] for d in zone.dims]
-    largest = horizon * max(np.abs(a).max() for a in raw) + np.abs(zone.origin).max()
-    largest = max(largest, np.abs(zone.low).max(), np.abs(zone.high).max())
+def positions_of(
+    zones: Sequence[Zone], values: np.ndarray, horizon: int
+) -> tuple[list[np.ndarray], np.ndarray, float]:
+    """Rounded moves (K,) of each dimension of zones, their rounded origins, and a margin that covers all rounding."""
+    raw = [values[d] for d in zones[0].dims]
+    places = np.array([[zone.origin, zone.low, zone.high] for zone in zones])
+    largest = horizon * max(np.abs(a).max() for a in raw) + np.abs(places).max()
     step = grain(largest)
-    return [np.round(a / step) * step for a in raw], np.round(zone.origin / step) * step, 1e-9 * largest
+    return [np.round(a / step) * step for a in raw], np.round(places[:, 0] / step) * step, 1e-9 * largest

@@ -178,7 +178,7 @@ def _reluctant(bound: BoundConstraints, device: torch.device) -> dict[int, tuple
     """For each dimension with hysteresis: state of each code, state before the chunk, mass that a change needs."""
     holds = [[t for t in ways[0].terms if isinstance(t, Hold) and t.hysteresis is not None] for ways in bound.branches]
     dims = {hold.dim for found in holds for hold in found}
-    reluctant = {}
+    reluctant: dict[int, tuple[torch.Tensor, ...]] = {}
     for dim in dims:
         mine = [next((h for h in found if h.dim == dim), None) for found in holds]
         one = next(hold for hold in mine if hold is not None)

@@ -196,8 +196,8 @@ class ActionPredictionMixin:
             if missing:
                 raise VLAActionsError(f"an observation needs {missing}; it has {sorted(obs)}")
             wanted = constraints(obs) if isinstance(constraints, Callable) else constraints  # type: ignore[arg-type]
-            told = context(obs) if isinstance(context, Callable) else context  # type: ignore[arg-type]
-            told = remembered(told, runner.executed, space)
+            known: Any = context(obs) if isinstance(context, Callable) else context  # type: ignore
+            told = remembered(known, runner.executed, space)
             inputs = self.prepare(*(obs[name] for name in self._observed()))
             predict = partial(self.predict_action, **inputs, unnorm_key=key, **generate_options)
             if style == "retime":
