@@ -31,10 +31,10 @@ def report_on(
     bound = taco.bind(taco.constraints, on_infeasible="nearest")
     codes = taco.vocabulary.to_codes(token_ids)
     on_device = torch.as_tensor(codes, device=logits[0].device)
-    allowed, bias = masks_along(bound, on_device)
+    allowed, bias, stray = masks_along(bound, on_device)
     alone = masks_alone(taco.constraints, lambda lists: taco.bind(lists, on_infeasible="nearest"), on_device)
     moved = None
-    if taco.mode == "project" and bound.is_static:
+    if taco.mode in ("project", "mixture") and bound.is_static:
         every = np.repeat(
             bound._grid().T[:, None], bound.horizon, axis=1
         )  # each code at all places: (K, horizon, dof)
@@ -52,12 +52,15 @@ def report_on(
         bias=bias,
         mode=taco.mode,
         moved=moved,
+        free=stray,
         actions=actions,
         beams=beams,
     )
 
 
-def masks_along(bound: BoundConstraints, codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+def masks_along(
+    bound: BoundConstraints, codes: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """What was allowed at each position of chunks, given the codes before it.
 
     Args:
@@ -65,8 +68,9 @@ def masks_along(bound: BoundConstraints, codes: torch.Tensor) -> tuple[torch.Ten
         codes: (rows, n) codes of whole chunks.
 
     Returns:
-        Allowed codes (rows, n, K) bool and nats of the soft constraints (rows, n, K), None if there are none. Where what
-        comes before breaks the constraints (a chunk that was decoded freely), those of single dimensions are left.
+        Allowed codes (rows, n, K) bool; nats of the soft constraints (rows, n, K), None if there are none; and (rows, n)
+        bool: where what comes before breaks the constraints (a chunk that was decoded freely). There those of single
+        dimensions are left.
     """
     rows, n = codes.shape
     each = rows // bound.n_samples
@@ -76,8 +80,9 @@ def masks_along(bound: BoundConstraints, codes: torch.Tensor) -> tuple[torch.Ten
     if bound.bias is not None:
         bias = torch.from_numpy(bound.bias.reshape(bound.n_samples, n, -1)).to(codes.device)
         bias = bias.repeat_interleave(each, dim=0)
+    stray = torch.zeros((rows, n), dtype=torch.bool, device=codes.device)
     if bound.is_static:
-        return allowed, bias
+        return allowed, bias, stray
     masks = CoupledMasks(bound, codes.device)
     pulls = []
     for position in range(n):
@@ -85,13 +90,14 @@ def masks_along(bound: BoundConstraints, codes: torch.Tensor) -> tuple[torch.Ten
         left = masks.allowed(before)
         if left is not None:
             left = left & allowed[:, position]
-            allowed[:, position] = torch.where(left.any(dim=1, keepdim=True), left, allowed[:, position])
+            stray[:, position] = ~left.any(dim=1)
+            allowed[:, position] = torch.where(stray[:, position, None], allowed[:, position], left)
         pulls.append(masks.bias(before))
     if any(pull is not None for pull in pulls):
         blank = torch.zeros(allowed.shape[::2], dtype=torch.float64, device=codes.device)
         moving = torch.stack([blank if pull is None else pull for pull in pulls], dim=1)
         bias = moving if bias is None else bias + moving
-    return allowed, bias
+    return allowed, bias, stray
 
 
 def masks_alone(

@@ -29,6 +29,7 @@ def confidence(
     bias=None,
     mode: str = "mask",
     moved=None,
+    free=None,
     actions=None,
     beams=None,
 ) -> ConfidenceReport:
@@ -51,6 +52,8 @@ def confidence(
         mode: "mask", "transport", "mixture" or "project".
         moved: (rows, n, K) real value that "project" and "mixture" make of each code; None: that of the nearest allowed
             code.
+        free: (rows, n) bool: where "mixture" decoded freely although enough seems allowed, because what came before had
+            left the constraints; None for nowhere.
         actions: (rows, horizon, dof) what is carried out; None: the values of the codes.
         beams: (rows, n) int64: the row of the logits that each token was chosen from (`beam_indices` of beam search).
 
@@ -86,7 +89,8 @@ def confidence(
     arrays |= _conflict(columns, mask, nats)
     goal = None if moved is None else by_row(moved, torch.float64)
     chosen = torch.as_tensor(codes).to(device, torch.int64)[..., None]
-    log_draw, after, q = _after(columns.log_softmax(-1), mask, nats, grid, mode, goal)
+    stray = torch.zeros_like(every, dtype=torch.bool) if free is None else torch.as_tensor(free).to(device, torch.bool)
+    log_draw, after, q = _after(columns.log_softmax(-1), mask, nats, grid, mode, goal, stray)
     mean, std = _moments(after, q)
     arrays |= {"mean_after": mean, "std_after": std, "entropy_after": _entropy(after, q)}
     arrays["shift"] = _wasserstein(grid, columns.softmax(-1), after, q)
@@ -155,6 +159,7 @@ def _after(
     grid: torch.Tensor,
     mode: str,
     goal: torch.Tensor | None,
+    stray: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(rows, n, K) each: log-probability with which a code is generated; what each code becomes, and its mass."""
     pulled = (log_p + nats).log_softmax(-1)
@@ -165,8 +170,8 @@ def _after(
     target = _nearest(grid, mask)
     moved = grid.gather(-1, target).masked_fill(~mask.any(-1, keepdim=True), torch.nan)
     if mode in ("project", "mixture"):
-        agrees = (mass * mask).sum(-1, keepdim=True) >= (AGREES if mode == "mixture" else torch.inf)
-        log_q = torch.where(agrees, masked, pulled)
+        agrees = ((mass * mask).sum(-1) >= (AGREES if mode == "mixture" else torch.inf)) & ~stray
+        log_q = torch.where(agrees[..., None], masked, pulled)
         return log_q, moved if goal is None else goal, log_q.exp()
     received = torch.zeros_like(mass).scatter_add(-1, target, mass)
     # A token that receives nothing keeps its log-probability, which an exponential may not reach.
