@@ -37,7 +37,7 @@ class Problem:
         start = np.full(dof, np.nan) if start is None else np.asarray(start, dtype=float)
         moves = Moves(members, self.sets, find_limits(terms, horizon, dof), rest, find_backups(terms, rest, horizon))
         self.possible = moves.empty is None
-        self.laws = Laws(self.space, moves, self.terms, start)
+        self.laws = Laws(moves, self.terms, start, np.zeros(self.space.dof))
         self.allowed = Allowed(self.sets, self.terms)
 
     def project(self, chunks, style="axis"):

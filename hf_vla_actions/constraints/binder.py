@@ -133,7 +133,7 @@ class Binder:
         if known.pose is not None:
             absolute = np.array([delta is False for delta in self.space.delta])
             start = np.where(np.isnan(start) & absolute, known.pose, start)
-        laws = Laws(self.space, moves, only, start)
+        laws = Laws(moves, only, start, self.half_bin)
         tables = None
         if self.grid and moves.empty is None:
             tables = self.once(("tables", id(moves)), lambda: LawTables(moves, self.values))  # type: ignore[arg-type]

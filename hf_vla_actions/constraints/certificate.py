@@ -86,7 +86,7 @@ class _Way:
     def __init__(self, branches: Sequence[Branch], values: np.ndarray, device: torch.device):
         self.device = device
         self.dof = len(values)
-        self.values = torch.as_tensor(values, device=device)
+        self.values = torch.tensor(values, device=device)
         tables = [cast(LawTables, branch.tables) for branch in branches]
         different = list(dict.fromkeys(tables))
         self.table_of = torch.tensor([different.index(table) for table in tables], device=device)

@@ -68,7 +68,7 @@ class Component:
         return [i for i, term in enumerate(terms[0]) if isinstance(term, kind)]
 
     def _tensor(self, values) -> torch.Tensor:
-        return torch.as_tensor(np.asarray(values), device=self.device)
+        return torch.tensor(np.asarray(values), device=self.device)
 
     def _stack(self, arrays: Sequence[np.ndarray]) -> torch.Tensor:
         """(J, ...) of each table to (J, U, ...)."""

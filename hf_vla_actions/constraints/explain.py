@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hf_vla_actions.constraints.terms import Change, Known, Term, WeightedSum
+from hf_vla_actions.constraints.terms import Change, Known, Term, WeightedSum, Zone
 from hf_vla_actions.errors import InfeasibleConstraintError
 
 if TYPE_CHECKING:
@@ -37,7 +37,9 @@ def explain_start(
         return error
     step, dim, term = _where(branch)
     low, high = binder.reaches[dim].bounds()
-    wanted, nearest, proven = "a chunk that satisfies all of them", None, False
+    wanted, nearest, proven = "a chunk that satisfies it", None, False
+    many = len(guilty) > 1
+    advice = "Relax or drop one of them" if many else "Relax it, or start from another pose or action"
     if isinstance(term, WeightedSum):
         (low, high), bounds = _range_of(term, branch, step)
         wanted, nearest = f"[{bounds[0]:.6g}, {bounds[1]:.6g}]", float(np.clip((low, high), *bounds)[0])
@@ -49,9 +51,14 @@ def explain_start(
         if step == 0 and term.last is not None and not branch.laws.viable(0, dim).is_empty:
             nearest = float(branch.laws.viable(0, dim).nearest(np.array([term.last]))[0])
             proven = abs(nearest - term.last) > term.limits[0]
+    elif isinstance(term, Zone):
+        corners = ", ".join(f"{a:.4g}..{b:.4g}" for a, b in zip(term.low, term.high, strict=True))
+        here = ", ".join(f"{a:.4g}" for a in term.origin)
+        wanted = f"a path from ({here}) that stays out of ({corners})"
+        inside = ((term.origin >= term.low) & (term.origin <= term.high)).all()
+        advice = "It starts inside: move out first, or make the zone or its margin smaller" if inside else advice
+        proven = bool(inside and term.steps[0])
     proven = proven or branch.laws.moves.empty is not None  # going backward through sets and rates misses nothing
-    many = len(guilty) > 1
-    advice = "Relax or drop one of them" if many else "Relax it, or start from another pose or action"
     return InfeasibleConstraintError(
         sample=sample,
         step=step,

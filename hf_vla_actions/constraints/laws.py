@@ -13,11 +13,8 @@ from functools import cached_property
 
 import numpy as np
 
-from hf_vla_actions.actions import ActionSpace
 from hf_vla_actions.constraints.intervals import IntervalSet
 from hf_vla_actions.constraints.terms import Change, Hold, Predicate, Term, WeightedSum
-
-NAMES = ("brake", "below zero", "above zero", "above and below in turn", "below and above in turn")
 
 
 class Moves:
@@ -130,16 +127,16 @@ class Laws:
     """The laws of one sample, from where its robot is now.
 
     Args:
-        space: meaning of the numbers.
         moves: what can be reached.
         terms: coupled constraints.
         start: (dof,) values before the chunk, NaN where unknown.
+        half_bin: (dof,) half the distance of token values; 0 off the grid.
     """
 
-    def __init__(self, space: ActionSpace, moves: Moves, terms: Sequence[Term], start: np.ndarray):
+    def __init__(self, moves: Moves, terms: Sequence[Term], start: np.ndarray, half_bin: np.ndarray):
         self.moves = moves
         self.start = start
-        self.aims = find_aims(terms)
+        self.aims = find_aims(terms, half_bin)
         self.holds = {term.dim: HoldTable(term, moves) for term in terms if isinstance(term, Hold)}
         self.horizon, self.dof = moves.limits.shape
 
@@ -239,21 +236,31 @@ class HoldTable:
         return np.where(stay & self.sets[t].contains(before), before, values)
 
 
-def find_aims(terms: Sequence[Term]) -> dict[int, Aim]:
-    """Dimensions that have to sum up to something at the end of the steps counted, and to what."""
+def find_aims(terms: Sequence[Term], half_bin: np.ndarray) -> dict[int, Aim]:
+    """Dimensions that have to sum up to something at one step, and to what.
+
+    Args:
+        terms: coupled constraints.
+        half_bin: (dof,) half the distance of token values: the last step comes this close to what is missing.
+    """
     aims = {}
     for term in terms:
         if isinstance(term, WeightedSum) and term.cumulative and len(term.dims) == 1 and term.power == 1:
-            low, high = term.bounds
-            bounded = np.flatnonzero(np.isfinite(low) | np.isfinite(high))
-            counted = np.ones(len(low), dtype=bool) if term.counted is None else term.counted
-            if len(bounded) == 1 and (
-                low[bounded[0]] > 0 or high[bounded[0]] < 0 or bounded[0] == counted.nonzero()[0][-1]
-            ):
-                last = int(bounded[0])
-                ends = np.array([low[last], high[last]]) / term.weights[0]
-                target = float(ends.mean()) if np.isfinite(ends).all() else float(ends[np.isfinite(ends)][0])
-                aims[term.dims[0]] = Aim(counted & (np.arange(len(low)) <= last), target)
+            bounds = np.stack(term.bounds)
+            bounded = np.flatnonzero(np.isfinite(bounds).any(axis=0))
+            if len(bounded) != 1:
+                continue
+            dim, last = term.dims[0], int(bounded[0])
+            low, high = np.sort(bounds[:, last] / term.weights[0])
+            room = max(1.01 * float(half_bin[dim]), 1e-9 * max(1.0, *np.abs([low, high])[np.isfinite([low, high])]))
+            if np.isfinite(low) and np.isfinite(high):
+                target = float(low + high) / 2
+            elif low > 0 or high < 0:
+                target = float(low + room if low > 0 else high - room)
+            else:
+                continue  # standing still is enough
+            counted = np.ones(len(bounds[0]), dtype=bool) if term.counted is None else term.counted
+            aims[dim] = Aim(counted & (np.arange(len(counted)) <= last), target)
     return aims
 
 

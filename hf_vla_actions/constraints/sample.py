@@ -69,11 +69,16 @@ class Sample:
                 self.branches = [branch]
                 self.fallback = Fallback("hold", tuple(str(c) for c in guilty), reason, actions)
                 return
-            least = min(guilty, key=lambda c: id(c) in self.permanent)
+            least = min(guilty, key=self._worth)
             self.hard = [c for c in self.hard if c is not least]
             dropped.append(str(least))
             self.branches = self._branches()
             starts = self.binder.certified([self.branches])[0]
+
+    def _worth(self, constraint: Constraint) -> tuple[bool, bool]:
+        """What is left out first comes first: what nobody declared permanent, and what alone stands in the way."""
+        rest = [c for c in self.hard if c is not constraint]
+        return id(constraint) in self.permanent, bool(rest) and not self.binder.can_start(rest, self.known)
 
     def _explain(self) -> tuple[list[Constraint], InfeasibleConstraintError]:
         """A smallest set of constraints that cannot hold together, and the error that names it."""

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from hf_vla_actions.constraints import BoundConstraints, Constraint
+from hf_vla_actions.constraints.terms import Hold
 from hf_vla_actions.decoding.confidence import confidence
 from hf_vla_actions.decoding.masks import CoupledMasks
 from hf_vla_actions.decoding.report import ConfidenceReport
@@ -31,7 +32,11 @@ def report_on(
     bound = taco.bind(taco.constraints, on_infeasible="nearest")
     codes = taco.vocabulary.to_codes(token_ids)
     on_device = torch.as_tensor(codes, device=logits[0].device)
-    allowed, bias, stray = masks_along(bound, on_device)
+    table = np.tile(taco.vocabulary.table(taco.dof), (bound.horizon, 1))
+    columns = None
+    if any(term.hysteresis is not None for ways in bound.branches for term in ways[0].terms if isinstance(term, Hold)):
+        columns = _columns(logits, table, beams)
+    allowed, bias, stray = masks_along(bound, on_device, columns)
     alone = masks_alone(taco.constraints, lambda lists: taco.bind(lists, on_infeasible="nearest"), on_device)
     moved = None
     if taco.mode in ("project", "mixture") and bound.is_static:
@@ -42,7 +47,7 @@ def report_on(
         moved = off_grid.reshape(bound.n_samples, len(every), -1).transpose(0, 2, 1)
     return confidence(
         logits,
-        np.tile(taco.vocabulary.table(taco.dof), (bound.horizon, 1)),
+        table,
         bound._grid(),
         codes,
         space=bound.space,
@@ -59,13 +64,14 @@ def report_on(
 
 
 def masks_along(
-    bound: BoundConstraints, codes: torch.Tensor
+    bound: BoundConstraints, codes: torch.Tensor, columns: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """What was allowed at each position of chunks, given the codes before it.
 
     Args:
         bound: constraints bound to the token grid.
         codes: (rows, n) codes of whole chunks.
+        columns: (rows, n, K) logits of the action tokens, for grippers that change only if the policy is sure.
 
     Returns:
         Allowed codes (rows, n, K) bool; nats of the soft constraints (rows, n, K), None if there are none; and (rows, n)
@@ -92,12 +98,22 @@ def masks_along(
             left = left & allowed[:, position]
             stray[:, position] = ~left.any(dim=1)
             allowed[:, position] = torch.where(stray[:, position, None], allowed[:, position], left)
+        if columns is not None:
+            kept = masks.keep_state(before, columns[:, position], allowed[:, position])
+            allowed[:, position] = allowed[:, position] if kept is None else kept
         pulls.append(masks.bias(before))
     if any(pull is not None for pull in pulls):
         blank = torch.zeros(allowed.shape[::2], dtype=torch.float64, device=codes.device)
         moving = torch.stack([blank if pull is None else pull for pull in pulls], dim=1)
         bias = moving if bias is None else bias + moving
     return allowed, bias, stray
+
+
+def _columns(logits: Sequence[torch.Tensor], table: np.ndarray, beams) -> torch.Tensor:
+    """(rows, n, K) logits of the action tokens of each position."""
+    ids = torch.as_tensor(table.copy(), device=logits[0].device)
+    rows = [step if beams is None else step[beams[:, i]] for i, step in enumerate(logits)]
+    return torch.stack([step.float().index_select(1, ids[i]) for i, step in enumerate(rows)], dim=1)
 
 
 def masks_alone(
