@@ -29,7 +29,7 @@ class Sample:
 
     def __init__(self, binder: Binder, index: int, constraints: list[Constraint], known: Known, n_limits: int):
         self.binder, self.index, self.known = binder, index, known
-        self.constraints, self.hard = constraints, list(constraints)
+        self.kept = list(constraints)  # what is left of them
         permanent = constraints[len(constraints) - n_limits :] if n_limits else []
         self.permanent = {id(c) for c in permanent}
         self.problem: InfeasibleConstraintError | None = None
@@ -40,7 +40,7 @@ class Sample:
         self.problem = None
         branches = []
         try:
-            for parts in self.binder.ways(self.hard, self.known):
+            for parts in self.binder.ways(self.kept, self.known):
                 try:
                     branches.append(self.binder.branch(self.index, parts, self.known))
                 except InfeasibleConstraintError as error:
@@ -70,20 +70,20 @@ class Sample:
                 self.fallback = Fallback("hold", tuple(str(c) for c in guilty), reason, actions)
                 return
             least = min(guilty, key=self._worth)
-            self.hard = [c for c in self.hard if c is not least]
+            self.kept = [c for c in self.kept if c is not least]
             dropped.append(str(least))
             self.branches = self._branches()
             starts = self.binder.certified([self.branches])[0]
 
     def _worth(self, constraint: Constraint) -> tuple[bool, bool]:
         """What is left out first comes first: what nobody declared permanent, and what alone stands in the way."""
-        rest = [c for c in self.hard if c is not constraint]
+        rest = [c for c in self.kept if c is not constraint]
         return id(constraint) in self.permanent, bool(rest) and not self.binder.can_start(rest, self.known)
 
     def _explain(self) -> tuple[list[Constraint], InfeasibleConstraintError]:
         """A smallest set of constraints that cannot hold together, and the error that names it."""
-        guilty = list(self.hard)
-        for constraint in self.hard:
+        guilty = list(self.kept)
+        for constraint in self.kept:
             rest = [c for c in guilty if c is not constraint]
             if rest and not self.binder.can_start(rest, self.known):
                 guilty = rest
@@ -143,7 +143,7 @@ class Sample:
     def _soft_parts(self) -> list[tuple[Constraint | Term | Pull, float | None]]:
         binder = self.binder
         found: list[Any] = []
-        for source in self.constraints:
+        for source in self.kept:
             for part in filter(is_soft, source.expand(binder.space, binder.horizon, self.known, binder.half_bin)):
                 if not isinstance(part, Soft):
                     found.append((part, None))
