@@ -1,0 +1,73 @@
+"""Everything that docs/constraints.md shows is executed, and its links lead somewhere."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from tiny import picture, sharpen, tiny_llava
+
+from hf_vla_actions import constraints
+from hf_vla_actions.constraints.text import TYPES, parse_constraints
+from hf_vla_actions.decoding.report import FIELDS
+from hf_vla_actions.models.generation import MODES
+from hf_vla_actions.models.predict import parser
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs/constraints.md"
+TEXT = PAGE.read_text()
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", TEXT, flags=re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a policy of eight steps that was never trained, where the page expects the demo's."""
+    folder = tmp_path_factory.mktemp("docs")
+    sharpen(tiny_llava(horizon=8)).save_pretrained(folder / "outputs/demo/policy")
+    Image.fromarray(picture(0)).save(folder / "outputs/demo/frame.png")
+    return folder
+
+
+def test_python_blocks_run_one_after_the_other(place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    names = {}
+    for block in blocks("python"):
+        exec(compile(block, "constraints.md", "exec"), names)
+    assert names["actions"].shape == (1, 8, 7)
+    assert abs(names["slow_and_fast"][0, :, 0]).max() <= 0.005
+    assert (names["one_each"][0, :, 0] <= 0).all()
+    assert 1 <= names["worth"] <= 4
+    assert names["near"].shape == (8, 7)
+    assert len(names["slower"].actions) >= 24
+    assert names["loss"] > 0
+    assert "already outside the high face by 0.03" in capsys.readouterr().out
+
+
+def test_command_has_options_and_constraints_that_exist():
+    (line,) = (line for block in blocks("bash") for line in block.splitlines())
+    args = parser().parse_args(shlex.split(line)[2:])
+    assert [type(c).__name__ for c in parse_constraints(args.constraints)] == ["Speed", "Workspace"]
+    assert args.pose == [-0.11, -0.06, 0.05]
+
+
+def test_tables_leave_out_no_constraint_mode_or_field():
+    for name in (*TYPES, "Where"):
+        if name != "Soft":
+            assert f"`{name}(" in TEXT or f"`a & b`, `{name}(" in TEXT, name
+            assert name in constraints.__all__
+    for mode in MODES:
+        assert f"| `{mode}`" in TEXT, mode
+    for field in FIELDS:
+        assert f"`{field}`" in TEXT or field.startswith("std_"), field
+
+
+def test_links_exist():
+    for target in re.findall(r"\]\(([^)]+)\)", TEXT):
+        if target.startswith("#"):
+            assert re.search(rf"^## {target[1:].replace('-', ' ')}$", TEXT, flags=re.MULTILINE | re.IGNORECASE), target
+        elif not target.startswith("http"):
+            assert (PAGE.parent / target).exists(), target
