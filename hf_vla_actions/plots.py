@@ -129,7 +129,8 @@ def _report_panel(ax, report, row: int, dim: int) -> None:
     removed = {text: share[row, :, dim] for text, share in report.blame.items() if share[row, :, dim].max() > 0.005}
     if removed:
         text = max(removed, key=lambda name: removed[name].mean())
-        shift = f"{report.shift[row, :, dim].mean():.2g}{f' {unit}' if unit else ''}"
+        moved = report.moved[row, :, dim].mean()
+        shift = f"{moved if moved > 1e-9 else 0:.2g}{f' {unit}' if unit else ''}"
         short = text if len(text) <= 56 else text[:55] + "\u2026"
         title = f"{short}\nremoves {removed[text].mean():.0%} of the probability; moved by {shift}"
         ax.set_title(title, fontsize=8, color=CONFLICT, loc="left")

@@ -125,9 +125,8 @@ LIMITS = [
 
 def check_limits(actions):
     xyz = actions[..., :3]
-    path = np.concatenate(
-        [np.tile([0.4, 0.0, 0.1], (len(actions), 1, 1)), [0.4, 0.0, 0.1, *np.cumsum(xyz, axis=1)]], 1
-    )
+    start = np.array([0.4, 0.0, 0.1])
+    path = np.concatenate([np.tile(start, (len(actions), 1, 1)), start + np.cumsum(xyz, axis=1)], axis=1)
     assert (path >= np.array([0.38, -0.02, 0.09]) - 1e-12).all()
     assert (path <= np.array([0.41, 0.02, 0.2]) + 1e-12).all()
     assert (np.linalg.norm(xyz, axis=-1) <= 0.02 * (1 + 1e-12)).all()

@@ -75,3 +75,15 @@ def test_predict_action_hands_over_its_report(policy, mode, options):
     np.testing.assert_allclose(report.value, out.actions - out.moved, atol=1e-12)
     assert (np.isfinite(report.log_weight) == (mode in ("mask", "transport"))).all()
     assert report.mode == mode
+
+
+def test_a_projected_chunk_has_no_distribution_of_single_numbers(policy):
+    inputs = policy.prepare(None, [INSTRUCTIONS[0]])
+    options = {"constraints": [Speed(["x", "y", "z"], 0.004)], "context": KNOWN, "return_dict": True}
+    report = policy.predict_action(**inputs, **options).confidence
+    assert np.isnan(report.mean_after).all()
+    np.testing.assert_array_equal(report.moved, np.abs(report.action - report.value))
+    assert "x moves by" in report.summary()
+    certain = policy.predict_action(**inputs, mode="mask", **options).confidence
+    assert np.isfinite(certain.mean_after).all()
+    np.testing.assert_array_equal(certain.moved, certain.shift)

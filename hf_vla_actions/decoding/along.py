@@ -39,7 +39,11 @@ def report_on(
     allowed, bias, stray = masks_along(bound, on_device, columns)
     alone = masks_alone(taco.constraints, lambda lists: taco.bind(lists, on_infeasible="nearest"), on_device)
     moved = None
-    if taco.mode in ("project", "mixture") and bound.is_static:
+    if taco.mode in ("project", "mixture") and not bound.is_static:
+        moved = np.full(
+            (1, *codes.shape[1:], taco.vocabulary.n_codes), np.nan
+        )  # whole chunks move, not single numbers
+    elif taco.mode in ("project", "mixture"):
         every = np.repeat(
             bound._grid().T[:, None], bound.horizon, axis=1
         )  # each code at all places: (K, horizon, dof)

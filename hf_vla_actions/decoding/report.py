@@ -33,7 +33,8 @@ class ConfidenceReport:
         value: real value of the generated token.
         action: what is carried out: `value`, or where "project" and "mixture" moved it.
         mean_before: mean of p, real units.
-        mean_after: mean of q, real units; NaN, as all of q, where no token is allowed.
+        mean_after: mean of q, real units; NaN, as all of q, where no token is allowed, and where coupled constraints
+            are kept by projecting the whole chunk: there is no distribution of single numbers after that.
         std_before: standard deviation of p, real units.
         std_after: standard deviation of q, real units.
         shift: Wasserstein-1 distance of p and q in real units: how far the average bit of probability moved.
@@ -141,7 +142,7 @@ class ConfidenceReport:
                 f"{self.allowed_mass[worst]:.2%} of its probability to what is allowed there"
             )
             lines += [
-                self._moved(dim) for dim in range(self.space.dof) if np.nanmax(self.shift[..., dim], initial=0) > 1e-9
+                self._told(dim) for dim in range(self.space.dof) if np.nanmax(self.moved[..., dim], initial=0) > 1e-9
             ]
         touched = {text: share[share > 1e-12] for text, share in self.blame.items()}
         removed = sorted(((float(share.mean()), text) for text, share in touched.items() if share.size), reverse=True)
@@ -155,13 +156,17 @@ class ConfidenceReport:
             )
         return "\n".join(lines)
 
-    def _moved(self, dim: int) -> str:
+    @property
+    def moved(self) -> np.ndarray:
+        """`shift`; where whole chunks are projected, how far what is carried out is from what was decoded."""
+        return np.where(np.isnan(self.shift), np.abs(self.action - self.value), self.shift)
+
+    def _told(self, dim: int) -> str:
         unit = f" {self.space.units[dim]}" if self.space.units[dim] else ""
-        shift, change = self.shift[..., dim], (self.mean_after - self.mean_before)[..., dim]
-        return (
-            f"{self.space.names[dim]} moves by {np.nanmean(shift):.3g}{unit} a step on average, {np.nanmax(shift):.3g}{unit} "
-            f"at most; its mean by {np.nanmean(change):+.3g}{unit}"
-        )
+        moved, change = self.moved[..., dim], (self.mean_after - self.mean_before)[..., dim]
+        mean = "" if np.isnan(change).all() else f"; its mean by {np.nanmean(change):+.3g}{unit}"
+        name = self.space.names[dim]
+        return f"{name} moves by {moved.mean():.3g}{unit} a step on average, {moved.max():.3g}{unit} at most{mean}"
 
     def __str__(self) -> str:
         rows, horizon, dof = self.value.shape
