@@ -16,7 +16,9 @@ _HOME = {
     "Gripper": "actions",
     "NormStats": "actions",
     "ActionVocabulary": "tokenizers",
+    "FASTActionTokenizer": "tokenizers",
     "UniformActionTokenizer": "tokenizers",
+    "VQActionTokenizer": "tokenizers",
     "ActionConfig": "config",
     "Context": "constraints",
     "TACOLogitsProcessor": "decoding",
@@ -32,6 +34,7 @@ _HOME = {
     "PrismaticImageProcessor": "models.openvla",
     "PrismaticProcessor": "models.openvla",
     "load_oft": "models.openvla",
+    "FASTDecodeError": "errors",
     "InfeasibleConstraintError": "errors",
     "VLAActionsError": "errors",
 }
@@ -45,7 +48,7 @@ if TYPE_CHECKING:
     from hf_vla_actions.config import ActionConfig
     from hf_vla_actions.constraints import Context
     from hf_vla_actions.decoding import TACOLogitsProcessor, TACOLoss, taco_loss
-    from hf_vla_actions.errors import InfeasibleConstraintError, VLAActionsError
+    from hf_vla_actions.errors import FASTDecodeError, InfeasibleConstraintError, VLAActionsError
     from hf_vla_actions.models import (
         ActionOutput,
         ActionPredictionMixin,
@@ -60,7 +63,7 @@ if TYPE_CHECKING:
         PrismaticProcessor,
         load_oft,
     )
-    from hf_vla_actions.tokenizers import ActionVocabulary, UniformActionTokenizer
+    from hf_vla_actions.tokenizers import ActionVocabulary, FASTActionTokenizer, UniformActionTokenizer
 
 
 def __getattr__(name: str) -> Any:

@@ -33,6 +33,31 @@ class ActionTokenError(VLAActionsError):
     """A code or token id that stands for no action."""
 
 
+class FASTDecodeError(ActionTokenError):
+    """Tokens of a FAST tokenizer that do not spell one chunk.
+
+    Every argument is kept as an attribute of the same name; the message is made from them.
+
+    Args:
+        sequence: index within the batch.
+        kinds: what is wrong: "token" (an id that spells nothing), "utf-8" (broken UTF-8, or U+FFFD), "range" (a
+            coefficient that no normalized action has), "length" (too few or too many coefficients).
+        position: index of the first token at fault; None where only the length is wrong.
+        details: one text for each of `kinds`.
+    """
+
+    def __init__(self, *, sequence: int, kinds: tuple[str, ...], position: int | None, details: tuple[str, ...]):
+        self.sequence, self.kinds, self.position, self.details = sequence, tuple(kinds), position, tuple(details)
+        super().__init__(
+            f"sequence {sequence} spells no chunk: {'; '.join(self.details)}. Generate with FASTLogitsProcessor, which "
+            "makes every chunk valid, or decode with strict=False to have it repaired"
+        )
+
+    def __reduce__(self):
+        # Keyword-only arguments would be lost on the way to another process.
+        return partial(type(self), **self.__dict__), ()
+
+
 class ConstraintError(VLAActionsError):
     """A constraint that is malformed or does not fit the action space."""
 
