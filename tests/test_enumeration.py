@@ -10,7 +10,7 @@ import pytest
 import torch
 from oracle_constraints import Known, all_satisfied
 from random_specs import FIRST, Case, describe, make_config
-from survey import PROMPT, Tally, enumerate_case, every_chunk, make
+from survey import PROMPT, Tally, enumerate_case, every_chunk, make, masks
 
 torch.set_num_threads(1)
 
@@ -53,6 +53,27 @@ def test_no_mask_allows_what_has_no_way_on(name):
     tally = survey(name, 12)
     assert tally.bad() == 0, "\n".join(tally.failures)
     assert tally.counts["allowed"] > 100
+
+
+@pytest.mark.parametrize("horizon", [2, 3, 4, 5])
+@pytest.mark.parametrize("steps", [-1, slice(1, None), 0, None])
+@pytest.mark.parametrize(("low", "high"), [(-0.03, None), (None, 0.03), (-0.03, 0.03)])
+def test_a_wall_that_counts_only_later_refuses_no_start_that_can_stop(horizon, steps, low, high):
+    config = make_config([-0.03, -0.02], [0.03, 0.025], n_codes=32, horizon=horizon, delta=[True, True])
+    items = [
+        {"kind": "Workspace", "dims": [0], "low": [low], "high": [high], "steps": steps},
+        {
+            "kind": "Linear",
+            "dims": [1],
+            "weights": [1.0],
+            "low": low,
+            "high": high,
+            "cumulative": True,
+            "steps": steps,
+        },
+    ]
+    case = Case(config, describe(config), items, Known({0: 0.0, 1: 0.0}, [0.0, 0.0]), "")
+    assert masks(make(case, prompt_length=PROMPT), config, np.zeros((1, 0), dtype=np.int64)).sum() > 16
 
 
 # ---------------------------------------------------------------- importance weights
