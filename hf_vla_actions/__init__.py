@@ -63,7 +63,12 @@ if TYPE_CHECKING:
         PrismaticProcessor,
         load_oft,
     )
-    from hf_vla_actions.tokenizers import ActionVocabulary, FASTActionTokenizer, UniformActionTokenizer
+    from hf_vla_actions.tokenizers import (
+        ActionVocabulary,
+        FASTActionTokenizer,
+        UniformActionTokenizer,
+        VQActionTokenizer,
+    )
 
 
 def __getattr__(name: str) -> Any:
