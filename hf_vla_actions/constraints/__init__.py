@@ -9,6 +9,9 @@ from hf_vla_actions.constraints.coupled import Linear, MoveBy, Rate, Speed, Stic
 from hf_vla_actions.constraints.intervals import IntervalSet
 from hf_vla_actions.constraints.kinds import constraint_from_dict
 from hf_vla_actions.constraints.language import Fix, Forbid, InSet, Range, Target
+from hf_vla_actions.constraints.retime import RetimedChunk, retime
+from hf_vla_actions.constraints.slower import retime_within
+from hf_vla_actions.constraints.text import parse_constraints
 from hf_vla_actions.constraints.places import KeepOut, Workspace
 
 __all__ = [
@@ -27,6 +30,7 @@ __all__ = [
     "Prefix",
     "Range",
     "Rate",
+    "RetimedChunk",
     "Soft",
     "Speed",
     "Sticky",
@@ -35,6 +39,9 @@ __all__ = [
     "Workspace",
     "bind",
     "constraint_from_dict",
+    "parse_constraints",
     "project",
+    "retime",
+    "retime_within",
     "with_limits",
 ]

@@ -148,7 +148,7 @@ class BoundConstraints:
             actions: (..., horizon, dof) real units; with constraints per sample (batch * n, horizon, dof), n
                 sequences of each sample in a row.
             style: "axis": each number by itself, where constraints of single dimensions allow it; "direction": a step
-                that is too long is shortened as a whole, so that it keeps its direction.
+                that is too long is shortened as a whole first, so that it keeps its direction.
 
         Returns:
             float64 of the same shape. A chunk that is allowed already is returned as it is, bit by bit; a binary

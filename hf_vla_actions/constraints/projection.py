@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from hf_vla_actions.actions import ActionSpace
-from hf_vla_actions.constraints.allowed import Allowed, keeps
+from hf_vla_actions.constraints.allowed import Allowed
 from hf_vla_actions.constraints.intervals import IntervalSet
 from hf_vla_actions.constraints.nearest import CLOSE, Nearest
 from hf_vla_actions.constraints.terms import Term, WeightedSum
@@ -19,7 +19,7 @@ from hf_vla_actions.errors import ConstraintError
 
 STYLES = ("axis", "direction")
 DRAWN = (1e-6, 1e-5, 1e-4, 1e-3)  # how far a chunk that is just outside is drawn inside
-PARTS, SCALINGS = 32, 6  # factors tried at once, and how often between two neighbors: 2**-30 of the way at last
+ALIKE = 3.0  # the widest bound over the narrowest one of a translation up to which they limit the length of its steps
 SINGLE_VALUES = 2  # a set of more single values than this is a grid: solved as if values between them were allowed
 
 
@@ -39,8 +39,9 @@ def project_chunks(
         terms: coupled constraints.
         laws: ways of completing a beginning of a chunk; one of them must lead from the start to an allowed chunk.
         space: meaning of the numbers.
-        style: "axis": as close to the given chunk as possible; "direction": the translation (and likewise the
-            rotation) of each step keeps its direction and gets smaller.
+        style: "axis": as close to the given chunk as possible; "direction": first the translation (and likewise the
+            rotation) of each step is shortened as a whole to the limits on its length, so that it keeps its direction;
+            then as close to that as possible, so that steps slide along walls.
 
     Returns:
         float64 of the same shape, a new array. Every number is in its set and no term has any excess, exactly. A
@@ -54,34 +55,66 @@ def project_chunks(
     out = np.array(chunks, dtype=np.float64)
     allowed = Allowed(sets, terms)
     rows = np.flatnonzero(~allowed.exactly(out))
+    if len(rows) and style == "direction":
+        out[rows] = _shortened(out[rows], sets, terms, space)
+        rows = rows[~allowed.exactly(out[rows])]
     if not len(rows):
         return out
     task = _Task(out[rows], allowed, terms, laws, space)
-    wanted = task.by_direction() if style == "direction" else task.by_axis()
+    wanted = task.by_axis()
     left = ~allowed.safely(wanted)
     out[rows[~left]] = wanted[~left]
     if left.any():
-        groups = task.scaled if style == "direction" else []
-        single = [[d] for d in range(space.dof) if not any(d in group for group in groups)]
-        walk = Walk(wanted[left], allowed, laws, [*groups, *single], task.switches, first=style == "direction")
-        out[rows[left]] = walk.run()
+        out[rows[left]] = Walk(wanted[left], allowed, laws, [[d] for d in range(space.dof)], task.switches).run()
+    return out
+
+
+def _shortened(
+    chunks: np.ndarray, sets: Mapping[tuple[int, int], IntervalSet], terms: Sequence[Term], space: ActionSpace
+) -> np.ndarray:
+    """Chunks whose steps are scaled down to the limits on their length, translation and rotation each as a whole.
+
+    Limits on the length are norms, and bounds on every dimension of the translation (or rotation) that are alike; of
+    two bounds around 0 the wider one, for the nearer one may be a wall, along which the step slides later. A bound on
+    one dimension alone, such as a rail, says nothing about the others.
+    """
+    gripper = None if space.gripper is None else space.index(space.gripper.dim)
+    units = [space.units[d] if space.delta[d] and d != gripper else None for d in range(space.dof)]
+    longest = np.full(chunks.shape[1:], np.inf)
+    for (t, d), members in sets.items():
+        if not members.is_empty and members.lows[0] <= 0 <= members.highs[-1]:
+            longest[t, d] = max(-members.lows[0], members.highs[-1])
+    out = chunks.copy()
+    for group in ([d for d, u in enumerate(units) if u == unit] for unit in ("m", "rad")):
+        with np.errstate(divide="ignore", invalid="ignore"):
+            here = longest[:, group]
+            alike = (here.max(axis=1, initial=0) <= ALIKE * here.min(axis=1, initial=np.inf)) & np.isfinite(here).all(
+                1
+            )
+            factors = [np.where(alike[:, None], here, np.inf) / np.abs(chunks[:, :, group])]
+            for term in terms:
+                norm = isinstance(term, WeightedSum) and term.power != 1 and not term.cumulative
+                if norm and set(term.dims) <= set(group):  # type: ignore[union-attr]
+                    share = term.bounds[1] / term.sums(chunks)  # type: ignore[union-attr]
+                    factors.append((np.sqrt(share) if term.power == 2 else share)[..., None])  # type: ignore[union-attr]
+        factor = np.nan_to_num(np.concatenate(factors, axis=2), nan=np.inf, posinf=np.inf).min(axis=2, initial=1.0)
+        out[:, :, group] = np.where(
+            factor[..., None] < 1.0, chunks[:, :, group] * factor[..., None], chunks[:, :, group]
+        )
     return out
 
 
 class _Task:
-    """The chunks (n, horizon, dof) of one call that are not allowed, and the two ways of wanting something better."""
+    """The chunks (n, horizon, dof) of one call that are not allowed, and what is nearest to them within everything convex."""
 
     def __init__(
         self, chunks: np.ndarray, allowed: Allowed, terms: Sequence[Term], laws: Completing, space: ActionSpace
     ):
         self.chunks, self.allowed, self.laws = chunks, allowed, laws
         self.convex = Nearest(terms, *chunks.shape[1:])
-        self.sums = [term for term in terms if isinstance(term, WeightedSum) and not term.cumulative]
         gripper = space.gripper
         dim = None if gripper is None else space.index(gripper.dim)
         self.switches = [dim] if gripper is not None and dim is not None and gripper.binary else []
-        units = [space.units[d] if space.delta[d] and d != dim else None for d in range(space.dof)]
-        self.scaled = [group for unit in ("m", "rad") if (group := [d for d, u in enumerate(units) if u == unit])]
         self.cells = self._find_cells()
         self.starts: dict[int, np.ndarray] = {}  # what each law makes of the start, once it is asked for
 
@@ -170,48 +203,3 @@ class _Task:
                 fine = self.allowed.safely(tried) & (out[left] == chunks[left]).all(axis=(1, 2))
                 out[left[fine]] = tried[fine]
         return out
-
-    def by_direction(self) -> np.ndarray:
-        """Each step with its translation and its rotation scaled down into sets and norms; the rest number by number."""
-        near = self.nearest(self.chunks)
-        out = near.copy()
-        for group in self.scaled:
-            out[:, :, group] = self.chunks[:, :, group]
-        rest = self.nearest(np.zeros_like(self.chunks))
-        for group in self.scaled:
-            factor = self._scaling(out, rest, group)
-            scaled = rest[:, :, group] + factor[..., None] * (out[:, :, group] - rest[:, :, group])
-            scaled = np.where(factor[..., None] == 1.0, out[:, :, group], scaled)
-            out[:, :, group] = np.where(factor[..., None] < 0, near[:, :, group], scaled)
-        return out
-
-    def _scaling(self, chunks: np.ndarray, rest: np.ndarray, group: list[int]) -> np.ndarray:
-        """(n, horizon) largest factors found for a group of dimensions; negative where not even `rest` is allowed."""
-        chunks = chunks.copy()
-        others = [d for other in self.scaled if other is not group for d in other]
-        chunks[:, :, others] = rest[:, :, others]  # each group for itself first: norms of both are for the walk
-        best = self._fits(chunks, rest, group, np.ones((1, *chunks.shape[:2])))[0] * 2.0 - 1.0
-        best = np.where(best > 0, best, self._fits(chunks, rest, group, np.zeros((1, *best.shape)))[0] - 1.0)
-        low, width, search = np.zeros_like(best), 1.0, best == 0
-        for _ in range(SCALINGS if search.any() else 0):
-            factors = low + width * np.arange(1, PARTS + 1).reshape(-1, 1, 1) / PARTS
-            fits = self._fits(chunks, rest, group, np.minimum(factors, 1.0))
-            low = np.maximum(low, np.where(fits, factors, 0.0).max(axis=0))
-            width /= PARTS
-        return np.where(search, low, best)
-
-    def _fits(self, chunks: np.ndarray, rest: np.ndarray, group: list[int], factors: np.ndarray) -> np.ndarray:
-        """(k, n, horizon) bool: whether a group scaled by factors of the same shape is within sets and sums."""
-        shape = (*factors.shape, chunks.shape[2])
-        tried = np.broadcast_to(chunks, shape).copy()
-        part, base = chunks[:, :, group], rest[:, :, group]
-        tried[..., group] = np.where(factors[..., None] == 1.0, part, base + factors[..., None] * (part - base))
-        flat = tried.reshape(-1, *chunks.shape[1:])
-        inside = np.ones(flat.shape, dtype=bool)
-        for members, steps, dims in self.cells:
-            inside[:, steps, dims] = members.contains(flat[:, steps, dims])
-        ok = inside[:, :, group].all(axis=2)
-        for term in self.sums:
-            if set(term.dims) & set(group):
-                ok &= keeps(term, flat)
-        return ok.reshape(factors.shape)

@@ -38,7 +38,6 @@ class Walk:
         laws: ways of completing a beginning.
         groups: dimensions that are brought closer together, one group after the other.
         switches: dimensions that are never blended.
-        first: take the first law that leads to an allowed chunk, not the one that leads closest.
 
     Raises:
         ConstraintError: no law leads to an allowed chunk from the start.
@@ -51,9 +50,8 @@ class Walk:
         laws: Completing,
         groups: Sequence[Sequence[int]],
         switches: Sequence[int] = (),
-        first: bool = False,
     ):
-        self.wanted, self.allowed, self.laws, self.first = wanted, allowed, laws, first
+        self.wanted, self.allowed, self.laws = wanted, allowed, laws
         self.horizon, self.dof = wanted.shape[1:]
         self.switches = np.isin(np.arange(self.dof), list(switches))
         masks = [np.isin(np.arange(self.dof), list(group)) for group in groups]
@@ -131,16 +129,13 @@ class Walk:
         ok = np.concatenate([ok, np.ones((len(rows), 1), dtype=bool)], axis=1)
         self._switch(t, rows, starts, ok)
         goals = np.where(self.switches, starts, wanted[:, None])
-        each, reached = np.arange(len(rows)), np.zeros(ok.shape)
-        if self.first:
-            best = ok.argmax(axis=1)
-        else:
-            ok[:, -1] = ~(ok[:, :-1] & (starts[:, :-1] == starts[:, -1:]).all(axis=-1)).any(axis=1)  # no line twice
-            reached = self._furthest(t, rows, starts, goals, ok, zooms=1)
-            closest = self._between(t, starts, goals, reached)
-            best = np.where(ok, np.abs(closest - wanted[:, None]).sum(axis=-1), np.inf).argmin(axis=1)
+        each = np.arange(len(rows))
+        ok[:, -1] = ~(ok[:, :-1] & (starts[:, :-1] == starts[:, -1:]).all(axis=-1)).any(axis=1)  # no line twice
+        reached = self._furthest(t, rows, starts, goals, ok, zooms=1)
+        closest = self._between(t, starts, goals, reached)
+        best = np.where(ok, np.abs(closest - wanted[:, None]).sum(axis=-1), np.inf).argmin(axis=1)
         start, goal, low = starts[each, best][:, None], goals[each, best][:, None], reached[each, best][:, None]
-        low = self._furthest(t, rows, start, goal, np.ones(low.shape, dtype=bool), ZOOMS, None if self.first else low)
+        low = self._furthest(t, rows, start, goal, np.ones(low.shape, dtype=bool), ZOOMS, low)
         self._take(t, rows, self._between(t, start, goal, low)[:, 0])
 
     def _switch(self, t: int, rows: np.ndarray, starts: np.ndarray, ok: np.ndarray) -> None:

@@ -69,7 +69,7 @@ class ActionPredictionMixin:
         constraints=None,
         context: Context | None = None,
         mode: str = "project",
-        style: str = "axis",
+        style: str = "direction",
         on_infeasible: str = "raise",
         return_dict: bool = False,
         **kwargs,
@@ -87,7 +87,8 @@ class ActionPredictionMixin:
                 (as "mask" where the policy gives allowed bins at least half of its mass, free elsewhere, then
                 projected). All of them keep every hard constraint; they differ in what is left of the policy's
                 intention.
-            style: of the projection: "axis" moves each number by itself, "direction" shortens a step as a whole.
+            style: of the projection: "direction" shortens a step that is too long as a whole, and moves what is left
+                number by number; "axis" moves each number by itself from the start.
             on_infeasible: for a sample whose constraints cannot all hold: "raise"; "hold" (tell the robot to stay as
                 it is) or "nearest" (leave out as few constraints as needed, permanent limits last). Both are flagged
                 in `ActionOutput.fallback` and logged.
@@ -164,7 +165,7 @@ class ActionPredictionMixin:
         context: Callable[[Mapping[str, Any]], Context] | Context | None = None,
         execute_steps: int | None = None,
         mode: str = "project",
-        style: str = "axis",
+        style: str = "direction",
         on_infeasible: str = "raise",
         **generate_options,
     ) -> ChunkPolicy:

@@ -59,7 +59,7 @@ class OFTPolicyMixin(OFTForward, OpenVLAPolicyMixin):
         constraints=None,
         context=None,
         mode: str = "project",
-        style: str = "axis",
+        style: str = "direction",
         on_infeasible: str = "raise",
         do_sample: bool = False,
         noise: torch.Tensor | None = None,
