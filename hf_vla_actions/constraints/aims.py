@@ -21,6 +21,7 @@ class Aims:
         self.part = part
         self.dims = tuple(aims[0])
         self.counted = {d: aims[0][d].counted for d in self.dims}
+        self._counts = {d: part._tensor(counted) for d, counted in self.counted.items()}
         values = part.values
         self.value = {d: part._tensor(values[d]) for d in self.dims}
         self.targets = {d: part._tensor(np.array([sample[d].target for sample in aims])) for d in self.dims}
@@ -35,7 +36,7 @@ class Aims:
         own = e == state.d and state.own
         taken = value[state.prefix[:, :, e]]
         counted = self.counted[e]
-        total = torch.where(part._tensor(counted[: state.t]), taken, 0.0).sum(dim=1)[:, None]
+        total = torch.where(self._counts[e][: state.t], taken, 0.0).sum(dim=1)[:, None]
         if own:
             code = torch.arange(len(value), device=value.device).expand(state.rows, -1)
         elif e < state.d:

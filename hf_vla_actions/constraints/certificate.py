@@ -36,6 +36,7 @@ class Certificate:
         self.device = torch.device(device)
         self.values = values
         self.n_samples = len(branches)
+        self._samples: dict[int, torch.Tensor] = {}
         kinds: dict[Any, list[int]] = {}
         for sample, ways in enumerate(branches):
             kinds.setdefault(tuple(_kind(way) for way in ways), []).append(sample)
@@ -59,9 +60,9 @@ class Certificate:
         rows = len(codes)
         each = rows // self.n_samples
         if len(self._groups) == 1:
-            samples = (
-                torch.arange(rows, device=self.device) // each if self.n_samples > 1 else _zeros(rows, self.device)
-            )
+            if rows not in self._samples:
+                self._samples = {rows: torch.arange(rows, device=self.device) // each}
+            samples = self._samples[rows]
             return _any_way(self._groups[0][1], codes, t, d, samples).expand(rows, n_codes)
         out = torch.zeros((rows, n_codes), dtype=torch.bool, device=self.device)
         for members, ways in self._groups:
@@ -94,6 +95,7 @@ class _Way:
         limits = np.stack([table.moves.limits for table in different])
         self.limits = torch.as_tensor(limits, device=device)
         self.limited = np.isfinite(limits).any(axis=0)
+        self.plans, self.first = different[0].plans, {}  # type: ignore[var-annotated]
         self.last = torch.as_tensor(np.stack([branch.laws.start for branch in branches]), device=device)  # (S, D)
         self.holds = {
             d: _Holds([b.laws.holds[d] for b in branches], values[d], device) for d in branches[0].laws.holds
@@ -103,7 +105,7 @@ class _Way:
 
     def _components(self, branches: Sequence[Branch], tables) -> list[Component]:
         coupled = [i for i, term in enumerate(branches[0].terms) if isinstance(term, Coupled)]
-        first = np.stack([_first(branch) for branch in branches]) if coupled else np.zeros(0)
+        first = _first(branches) if coupled else np.zeros(0)
         parts = []
         for dims, chosen in _connected([(i, branches[0].terms[i].dims) for i in coupled]):
             terms = [[branch.terms[i] for i in chosen] for branch in branches]
@@ -120,8 +122,11 @@ class _Way:
 
     def _single(self, codes: torch.Tensor, t: int, d: int, samples: torch.Tensor) -> torch.Tensor:
         """What sets, rate limits and holds leave of the present dimension; exact."""
-        ok = self.viable[:, t, d] if len(self.viable) == 1 else self.viable[self.table_of[samples], t, d]
-        if self.limited[t, d]:
+        if len(self.viable) == 1 and self.limited[t, d]:
+            ok = self._within_reach(codes, t, d, samples)
+        else:
+            ok = self.viable[:, t, d] if len(self.viable) == 1 else self.viable[self.table_of[samples], t, d]
+        if len(self.viable) > 1 and self.limited[t, d]:
             before = self.values[d][codes[:, (t - 1) * self.dof + d]] if t else self.last[samples, d]
             limit = self.limits[self.table_of[samples], t, d]
             change = (self.values[d] - before[:, None]).abs()
@@ -129,6 +134,16 @@ class _Way:
         if d in self.holds:
             ok = ok & self.holds[d].allowed(codes[:, d :: self.dof], t, samples)
         return ok
+
+    def _within_reach(self, codes: torch.Tensor, t: int, d: int, samples: torch.Tensor) -> torch.Tensor:
+        """(R, K) what sets and the rate limit leave; all samples share their tables."""
+        key = "reach", str(self.device), t, d
+        known = self.plans if t else self.first
+        if key not in known:
+            before = self.values[d] if t else self.last[:, d]
+            change = (self.values[d] - before[:, None]).abs()
+            known[key] = self.viable[0, t, d] & ((change <= self.limits[0, t, d]) | before.isnan()[:, None])
+        return known[key].index_select(0, codes[:, (t - 1) * self.dof + d] if t else samples)
 
     def still_open(self, codes: torch.Tensor, t: int, d: int, samples: torch.Tensor) -> torch.Tensor:
         """(R, 1): whether what is decided keeps to this branch and the other dimensions can be completed in it."""
@@ -224,16 +239,18 @@ def _connected(terms: Sequence[tuple[int, tuple[int, ...]]]) -> list[tuple[tuple
     return [(tuple(sorted(dims)), sorted(chosen)) for dims, chosen in groups]
 
 
-def _first(branch: Branch) -> np.ndarray:
-    """(J + 2, dof) codes of step 0 by each law, and as low and as high as can be."""
-    laws, tables = branch.laws, cast(LawTables, branch.tables)
-    first = np.stack([tables.first(d, laws.start[d]) for d in range(laws.dof)], axis=1)
-    for d, aim in laws.aims.items():
-        goal = aim.goal(0, np.zeros(1))
-        value = laws.moves.step(0, 0, d, laws.start[d : d + 1], goal)
-        first[: laws.n_laws, d] = tables.codes_of(d, value)[0]
+def _first(branches: Sequence[Branch]) -> np.ndarray:
+    """(S, J + 2, dof) codes of step 0 by each law, and as low and as high as can be."""
+    starts = np.stack([branch.laws.start for branch in branches])
+    tables = [cast(LawTables, branch.tables) for branch in branches]
+    n_laws, dof = branches[0].laws.n_laws, starts.shape[1]
+    first = np.empty((len(branches), n_laws + 2, dof), dtype=np.int64)
+    for one in dict.fromkeys(tables):
+        mine = np.array([table is one for table in tables])
+        for d in range(dof):
+            first[mine, :, d] = one.first(d, starts[mine, d])
+    for sample, branch in enumerate(branches):
+        for d, aim in branch.laws.aims.items():
+            value = branch.laws.moves.step(0, 0, d, starts[sample, d : d + 1], aim.goal(0, np.zeros(1)))
+            first[sample, :n_laws, d] = tables[sample].codes_of(d, value)[0]
     return first
-
-
-def _zeros(n: int, device: torch.device) -> torch.Tensor:
-    return torch.zeros(n, dtype=torch.int64, device=device)

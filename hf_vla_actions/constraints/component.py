@@ -11,6 +11,7 @@ import torch
 from hf_vla_actions.constraints.aims import Aims
 from hf_vla_actions.constraints.laws import Aim
 from hf_vla_actions.constraints.parts import PredicatePart, SumPart, ZonePart
+from hf_vla_actions.constraints.rooms import Rooms
 from hf_vla_actions.constraints.tables import LawTables
 from hf_vla_actions.constraints.terms import Predicate, WeightedSum, Zone
 
@@ -56,12 +57,20 @@ class Component:
         self.sums = [SumPart(self, each[i]) for i in self._kinds(terms, WeightedSum)]
         self.zones = [ZonePart(self, each[i]) for i in zones]
         self.predicates = [PredicatePart(self, each[i]) for i in self._kinds(terms, Predicate)]
+        self.rooms = Rooms(self, self.sums) if Rooms.serve(self, self.sums) else None
+        self._laws: dict[int, torch.Tensor] = {}
 
     def paths(self, e: int) -> torch.Tensor:
         """(J, U, T, K, T) codes of dimension e along the laws."""
         if e not in self._paths:
             self._paths[e] = self._stack([table.paths(e) for table in self.tables])
         return self._paths[e]
+
+    def laws(self, escapes: int) -> torch.Tensor:
+        """(J,) law that each completion goes on by: after its first step an escape brakes."""
+        if escapes not in self._laws:
+            self._laws[escapes] = self._tensor(np.array([*range(self.n_laws), *[0] * escapes]))
+        return self._laws[escapes]
 
     @staticmethod
     def _kinds(terms, kind) -> list[int]:
@@ -84,6 +93,9 @@ class Component:
             samples: (R,) sample of each row.
             own: True: for each code of the present dimension, (R, K). False: for what is decided alone, (R, 1).
         """
+        allowed = self.rooms.allowed(codes, t, d, samples) if self.rooms is not None and own else None
+        if allowed is not None:
+            return allowed
         state = State(self, codes, t, d, samples, own)
         good: Any = None
         parts: Any = (*self.sums, *self.zones, *self.predicates)
@@ -114,7 +126,7 @@ class State:
         self.now = codes[:, t * self.dof :]
         self.table = part.table_of[samples]  # (R,)
         undecided = [e for e in part.escaping if e > d or (e == d and not self.own)]
-        self.laws = torch.tensor([*range(part.n_laws), *[0] * (2 * len(undecided))], device=part.device)
+        self.laws = part.laws(2 * len(undecided))
         self.present = {e: self._present(e, undecided) for e in part.dims if e != d or not self.own}
         self.taken: dict[int, torch.Tensor] = {}
 

@@ -84,11 +84,16 @@ class SumPart:
         ]
         bounds = [term.bounds for term in terms]
         low, high = np.stack([b[0] for b in bounds]), np.stack([b[1] for b in bounds])
-        # A sum that may stay at 0 stays there exactly; every other bound leaves room for the rounding of amounts.
-        self.low = part._tensor(np.where(low == 0, 0.0, low + slack))
-        self.high = part._tensor(np.where(high == 0, 0.0, high - slack))
+        # A sum that may stay at 0 stays there exactly; every other bound leaves room for the rounding of amounts. Bounds
+        # that are multiples of the grain, as sums are, can be subtracted from in any order.
+        step = slack / (len(one.dims) * (part.horizon if one.cumulative else 1))
+        self.low = part._tensor(np.where(low == 0, 0.0, np.ceil((low + slack) / step) * step))
+        self.high = part._tensor(np.where(high == 0, 0.0, np.floor((high - slack) / step) * step))
         self.has_low, self.has_high = np.isfinite(low).any(axis=0), np.isfinite(high).any(axis=0)
         self.by_ends = self._by_ends(low, high)
+        counted = None if one.counted is None else np.asarray(one.counted).tobytes()
+        asked = self.has_low.tobytes(), self.has_high.tobytes()
+        self.key = one.dims, tuple(one.weights), one.power, one.cumulative, counted, *asked
 
     def _by_ends(self, low: np.ndarray, high: np.ndarray) -> bool:
         """Whether the ends of each dimension's path say enough, so that no step has to be looked at.

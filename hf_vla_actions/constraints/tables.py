@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -26,7 +27,8 @@ class LawTables:
         self.n_laws, self.horizon = len(moves.goals), len(moves.viable)
         self._memory: dict[tuple[str, int], np.ndarray] = {}
         self._amounts: dict[tuple, Amounts] = {}
-        self._starts: dict[tuple[int, float | None], np.ndarray] = {}
+        self._starts: dict[int, np.ndarray] = {}
+        self.plans: dict[tuple, Any] = {}  # what was worked out on a device for any sample
 
     @cached_property
     def viable(self) -> np.ndarray:
@@ -58,18 +60,19 @@ class LawTables:
         """(2, T, K): the code at step t that goes as low, or as high, as it can from each code at step t - 1."""
         return self._once("extremes", dim, self._extremes)
 
-    def first(self, dim: int, start: float) -> np.ndarray:
-        """(J + 2,): codes at step 0, by each law and by going as low and as high as it can."""
+    def first(self, dim: int, starts: np.ndarray) -> np.ndarray:
+        """(S, J + 2): codes at step 0 from starts (S,), by each law and by going as low and as high as it can."""
         goals = [goals[0, dim] for goals in self.moves.goals]
         if np.isinf(self.moves.limits[0, dim]) and not np.isnan(goals).any():
-            start = np.nan  # where it comes from makes no difference
-        key = dim, None if np.isnan(start) else start
-        if key not in self._starts:
-            before = np.array([start])
-            values = [self.moves.step(j, 0, dim, before)[0] for j in range(self.n_laws)]
-            values += [self.moves.step(0, 0, dim, before, np.array([goal]))[0] for goal in self._ends(dim)]
-            self._starts[key] = self.codes_of(dim, np.array(values))
-        return self._starts[key]
+            if dim not in self._starts:  # where it comes from makes no difference
+                self._starts[dim] = self._first(dim, np.array([np.nan]))
+            return np.broadcast_to(self._starts[dim], (len(starts), self.n_laws + 2))
+        return self._first(dim, starts)
+
+    def _first(self, dim: int, starts: np.ndarray) -> np.ndarray:
+        values = [self.moves.step(j, 0, dim, starts) for j in range(self.n_laws)]
+        values += [self.moves.step(0, 0, dim, starts, np.full(len(starts), goal)) for goal in self._ends(dim)]
+        return self.codes_of(dim, np.stack(values, axis=1))
 
     def amounts(self, dim: int, amounts: np.ndarray, counted: np.ndarray | None, cumulative: bool) -> Amounts:
         """What codes of a dimension add along the laws; see `Amounts`."""

@@ -1,0 +1,61 @@
+"""The fast way of judging sums (intervals of codes) against looking at every code along every law."""
+
+import numpy as np
+import pytest
+import torch
+from tiny import SPACE
+
+from hf_vla_actions import Context
+from hf_vla_actions.constraints import Any, Forbid, Linear, Range, Rate, Speed, Workspace, bind
+from hf_vla_actions.constraints.rooms import Rooms
+
+XYZ = ["x", "y", "z"]
+SPECS = {
+    "everything": [
+        Rate("x", 0.004),
+        Workspace(XYZ, [0.27, -0.03, 0.08], [0.32, 0.03, 0.13]),
+        Speed(XYZ, 0.012),
+        Forbid("x", 0.001, 0.003, steps=[1, 3]),
+    ],
+    "two groups": [Speed(["x", "y"], 0.01, ord=1), Speed(["roll", "pitch", "yaw"], 0.02), Workspace("z", 0.09, None)],
+    "planes": [Linear(["x", "z"], [1.0, -2.0], low=-0.01, high=0.02), Rate("z", 0.006)],
+    "late wall": [Workspace("x", 0.295, 0.31, steps=[3]), Rate("x", 0.01), Speed(XYZ, 0.02)],
+    "alternatives": [Any(Speed(XYZ, 0.008), [Range("x", 0, None), Workspace("y", -0.01, 0.02)])],
+}
+
+
+@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_intervals_are_what_looking_at_every_code_gives(name, mirrored, monkeypatch):
+    rng = np.random.default_rng(3)
+    edges = rng.uniform(0.01, 0.03, (2, SPACE.dof))
+    values = np.linspace(-edges[0], edges[1], 32, axis=1)
+    values[6] = np.repeat([0.0, 1.0], 16)
+    values[:, -1] = values[:, -2]  # two codes of one value, as in OpenVLA's bins
+    if mirrored:
+        values = values[:, ::-1].copy()
+    n_samples, rows = 3, 12
+    context = Context(
+        pose=np.array([0.3, 0.0, 0.1]) + rng.uniform(-0.004, 0.004, (n_samples, 3)),
+        last_action=np.concatenate([rng.uniform(-0.002, 0.002, (n_samples, 6)), np.ones((n_samples, 1))], axis=1),
+    )
+    bound = bind(SPECS[name], SPACE, values, 4, context=context)
+    fast = bound.certificate()
+    monkeypatch.setattr(Rooms, "serve", staticmethod(lambda *_: False))
+    slow = bound.certificate()
+    codes = torch.zeros((rows, 0), dtype=torch.int64)
+    narrowed = 0
+    for position in range(4 * SPACE.dof):
+        allowed = fast.allowed(codes, position)
+        assert torch.equal(allowed, slow.allowed(codes, position))
+        assert allowed.any(dim=1).all()
+        narrowed += int((~allowed).sum())
+        picked = torch.multinomial(allowed.double(), 1, generator=torch.Generator().manual_seed(position))
+        codes = torch.cat([codes, picked], dim=1)
+        stray = torch.randint(0, 32, codes.shape, generator=torch.Generator().manual_seed(position))
+        assert (
+            torch.equal(fast.allowed(stray, position + 1), slow.allowed(stray, position + 1))
+            if position < 27
+            else True
+        )
+    assert narrowed
