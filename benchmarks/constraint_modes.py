@@ -32,7 +32,7 @@ import torch
 from transformers import set_seed
 
 from hf_vla_actions import AutoModelForActionPrediction
-from hf_vla_actions.constraints import Constraint, Context, Speed, Workspace, project
+from hf_vla_actions.constraints import Constraint, Context, Speed, Workspace
 from hf_vla_actions.constraints.slower import retime_within
 from hf_vla_actions.demo.demonstrations import write_lerobot_dataset
 from hf_vla_actions.demo.judge import AXES, ROUNDING
@@ -45,15 +45,13 @@ REFERENCE = "project, axis"
 MODES: dict[str, dict[str, Any]] = {
     "mask": {"mode": "mask"},
     "transport": {"mode": "transport"},
-    "mixture": {"mode": "mixture"},
+    "mixture": {"mode": "mixture", "style": "axis"},
     "mixture, direction": {"mode": "mixture", "style": "direction"},
     REFERENCE: {"mode": "project", "style": "axis"},
     "project, direction": {"mode": "project", "style": "direction"},
-    "slide": {},
     "retime": {},
 }
-"""Options of `predict_action`. "slide": shortened in their direction by the step limit, then moved into the box axis by
-axis. "retime" is done by `retime_within`, as `policy(style="retime")` does."""
+"""Options of `predict_action`; "retime" is done by `retime_within`, as `policy(style="retime")` does."""
 
 
 @dataclass(frozen=True)
@@ -175,12 +173,9 @@ class World:
                 return policy.predict_action(**inputs)
             poses = [Context(pose=o["proprio"][XYZ]) for o in observations]
             context = Context(pose=np.array([o["proprio"][XYZ] for o in observations]))
-            if mode in ("slide", "retime"):
+            if mode == "retime":
                 space = policy.action_config.space()
                 chunks = policy.predict_action(**inputs)
-                if mode == "slide":
-                    short = project(chunks, replace(limit, box=None).constraints(), space, style="direction")
-                    return project(short, limit.constraints(), space, context=context)
                 return [
                     retime_within(chunk, limit.constraints(), space, context=pose)
                     for chunk, pose in zip(chunks, poses, strict=True)

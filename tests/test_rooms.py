@@ -59,3 +59,27 @@ def test_intervals_are_what_looking_at_every_code_gives(name, mirrored, monkeypa
             else True
         )
     assert narrowed
+
+
+@pytest.mark.parametrize("bins", [1.1, 1.5, 1.6, 1.9, 2.4])
+@pytest.mark.parametrize("grid", [True, False])
+def test_braking_takes_the_longest_step_within_the_rate_limit(bins, grid):
+    values = np.tile(np.linspace(-0.01, 0.01, 41), (SPACE.dof, 1))  # half a millimeter apart
+    values[6] = np.repeat([0.0, 1.0], [20, 21])
+    last, limit = 0.0101, bins * 0.0005
+    context = Context(pose={"x": 0.0}, last_action=[last, 0, 0, 0, 0, 0, 1.0])
+    way = _stopping(last, limit, values[0]) if grid else _stopping(last, limit, None)
+    horizon = 30
+    enough = [Rate("x", limit), Workspace("x", -1.0, way + 1e-9)]
+    bind(enough, SPACE, values, horizon, context=context, grid=grid)
+    with pytest.raises(ValueError, match="cannot"):
+        bind([Rate("x", limit), Workspace("x", -1.0, way - 2e-4)], SPACE, values, horizon, context=context, grid=grid)
+
+
+def _stopping(last, limit, grid):
+    """Shortest distance until standing still, braking as hard as the limit allows."""
+    total = 0.0
+    while last > 0:
+        last = max(last - limit, 0.0) if grid is None else min(v for v in grid if v > -1e-12 and last - v <= limit)
+        total += max(last, 0.0)
+    return total

@@ -58,16 +58,24 @@ class Aims:
         goal = (self.targets[e][state.samples, None] - total) / left if self.counted[e][s] else torch.zeros_like(total)
         limit = self.limits[state.table, s, e][:, None]
         goal = torch.minimum(torch.maximum(goal, before - limit), before + limit)
-        near = self._near(state, e, s, goal.expand_as(before))
-        back = self._near(state, e, s, before)
-        return torch.where((self.value[e][near] - before).abs() <= limit, near, back)
+        goal = goal.expand_as(before)
+        code = self._near(state, e, s, before)
+        closest = torch.full_like(before, torch.inf)
+        for aside in (0, -1, 1):  # the nearest may just be out of reach
+            near = self._near(state, e, s, goal, aside)
+            value = self.value[e][near]
+            off = torch.where((value - before).abs() <= limit, (value - goal).abs(), torch.inf)
+            code, closest = torch.where(off < closest, near, code), torch.minimum(off, closest)
+        return code
 
-    def _near(self, state: State, e: int, s: int, wanted: torch.Tensor) -> torch.Tensor:
+    def _near(self, state: State, e: int, s: int, wanted: torch.Tensor, aside: int = 0) -> torch.Tensor:
+        """Codes nearest to values (R, M), or so many places beside them."""
         edges, codes = self.edges[e][:, s], self.codes[e][:, s]
         if state.single:
-            return codes[0][torch.searchsorted(edges[0], wanted.contiguous())]
-        mine = torch.searchsorted(edges[state.table].contiguous(), wanted.contiguous())
-        return codes[state.table].gather(1, mine)
+            at = torch.searchsorted(edges[0], wanted.contiguous()) + aside
+            return codes[0][at.clamp(0, codes.shape[1] - 1)]
+        mine = torch.searchsorted(edges[state.table].contiguous(), wanted.contiguous()) + aside
+        return codes[state.table].gather(1, mine.clamp(0, codes.shape[1] - 1))
 
 
 def _grid(values: np.ndarray, viable: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

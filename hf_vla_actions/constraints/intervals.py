@@ -98,7 +98,7 @@ class IntervalSet:
             raise ConstraintError(
                 "NaN and infinity have no nearest member; look for the model or sensor that made them"
             )
-        below, above = self._neighbors(values)
+        below, above = self.neighbors(values)
         closer = np.where(values - below <= above - values, below, above)
         return np.where(self.contains(values), values, closer)
 
@@ -108,14 +108,14 @@ class IntervalSet:
             return self
         if self.contains(value):
             return IntervalSet.points(value)
-        below, above = (float(bound) for bound in self._neighbors(np.float64(value)))
+        below, above = (float(bound) for bound in self.neighbors(np.float64(value)))
         down, up = value - below, above - value
         if np.isclose(down, up, rtol=1e-9, atol=0.0):
             return IntervalSet.points([below, above])
         return IntervalSet.points(below if down < up else above)
 
-    def _neighbors(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Largest member below and smallest member above each number outside the set; infinite where there is none."""
+    def neighbors(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Members next to each number outside the set, below and above it; infinite where there is none."""
         at = np.searchsorted(self.lows, values, side="right")
         return np.append(-np.inf, self.highs)[at], np.append(self.lows, np.inf)[at]
 

@@ -95,8 +95,11 @@ class Moves:
         # A few roundings less than the limit: the difference of two float64 numbers is rounded, too.
         known = np.where(np.isnan(previous), wanted, previous)
         reach = limit - 4 * np.spacing(np.maximum(np.abs(known), limit))
-        there = members.nearest(np.clip(wanted, known - reach, known + reach))
-        return np.where(np.abs(there - known) <= limit, there, members.nearest(known))
+        wanted = np.clip(wanted, known - reach, known + reach)
+        near = np.stack([members.nearest(wanted), *members.neighbors(wanted)])  # the nearest may just be out of reach
+        fits = np.abs(near - known) <= limit
+        best = np.where(fits, np.abs(near - wanted), np.inf).argmin(axis=0)
+        return np.where(fits.any(axis=0), near[best, np.arange(len(known))], members.nearest(known))
 
     def leap(self, law: int, t: int, dims: np.ndarray, previous: np.ndarray) -> np.ndarray:
         """`step` for several dimensions (n, k) at once, each with a single interval."""
