@@ -379,3 +379,37 @@ def test_a_text_only_policy_and_prompt_lookup():
     check_limits(greedy)
     looked = vla.predict_action(**inputs, constraints=LIMITS, context=AT, mode="mask", prompt_lookup_num_tokens=3)
     np.testing.assert_array_equal(looked, greedy)
+
+
+@pytest.mark.parametrize(
+    ("constraints", "words"),
+    [
+        ([Rate("x", 0.002), Workspace("x", -1, 0.41)], "reachable 0.418"),  # the first step is 18 mm at least
+        ([Where(lambda chunks: chunks[..., 0].sum(-1) > 9, name="far")], "a chunk that far allows"),
+        ([KeepOut(XYZ, [0.39, -0.1, 0.0], [0.42, 0.1, 0.2])], "starts inside"),
+        ([Speed(XYZ, 0.001), MoveBy("x", 0.05)], "cannot hold together"),
+        ([Sticky("gripper", min_hold=3), Fix("gripper", "closed", steps=0)], "neither too early"),
+    ],
+)
+def test_refusals_say_what_could_be_reached(policy, inputs, constraints, words):
+    context = Context(pose={"x": 0.4, "y": 0.0, "z": 0.1}, last_action=[0.02, 0, 0, 0, 0, 0, 1.0], held_steps=1)
+    with pytest.raises(InfeasibleConstraintError, match=words) as caught:
+        policy.predict_action(**inputs, constraints=constraints, context=context, mode="mask")
+    assert "inf" not in str(caught.value)
+
+
+def test_a_policy_counts_for_how_long_its_gripper_has_kept_still(policy):
+    limits = [
+        Sticky("gripper", min_hold=3),
+        Fix("gripper", "open", steps=[0, 1, 2]),
+        Fix("gripper", "closed", steps=3),
+    ]
+    told = Context(last_action=[0, 0, 0, 0, 0, 0, 1.0])
+
+    def context(obs):
+        return Context(last_action=runner.executed[-1]) if runner.executed else told
+
+    runner = policy.policy(constraints=limits, context=context, execute_steps=4)
+    assert [runner(observation(0))[6] for _ in range(4)] == [1, 1, 1, 0]
+    with pytest.raises(InfeasibleConstraintError, match="Sticky"):  # closed for one step only: may not open again
+        runner(observation(1))

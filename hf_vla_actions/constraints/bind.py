@@ -128,7 +128,9 @@ def with_limits(constraints, limits: tuple[Constraint, ...] = ()) -> list[list[C
     """
     given = [] if constraints is None else [constraints] if isinstance(constraints, Constraint) else constraints
     if not isinstance(given, (list, tuple)):
-        raise ConstraintError(f"constraints are a list (or one list per sample), got {constraints!r}")
+        raise ConstraintError(
+            f"constraints are a list (or one list per sample), got {constraints!r}; text is read by parse_constraints"
+        )
     lists = [list(sample) + list(limits) for sample in (given if _is_per_sample(given) else [given])]
     strangers = [item for sample in lists for item in sample if not isinstance(item, Constraint)]
     if strangers:

@@ -137,8 +137,8 @@ class BoundConstraints:
         """Raise if there is a list of constraints per sample and their number is not `batch_size`."""
         if self.per_sample and batch_size != self.n_samples:
             raise ConstraintError(
-                f"{self.n_samples} lists of constraints for a batch of {batch_size}: give one list (and one context) per "
-                "sample, or one for all"
+                f"constraints or context for {self.n_samples} samples (as lists, or as numbers for each sample), but a batch "
+                f"of {batch_size}: give as many, or one for all"
             )
 
     def project(self, actions, style: str = "axis") -> np.ndarray:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hf_vla_actions.constraints.terms import Change, Known, Term, WeightedSum, Zone
+from hf_vla_actions.constraints.terms import Change, Hold, Known, Predicate, Term, WeightedSum, Zone
 from hf_vla_actions.errors import InfeasibleConstraintError
 
 if TYPE_CHECKING:
@@ -15,9 +15,7 @@ if TYPE_CHECKING:
     from hf_vla_actions.constraints.binder import Binder
     from hf_vla_actions.constraints.branch import Branch
 
-NOT_PROVEN = (
-    "No certified completion was found; that none exists is not proven. Relax one of them, or start from another pose"
-)
+NOT_PROVEN = "No certified completion was found; that none exists is not proven"
 
 
 def explain_start(
@@ -42,7 +40,7 @@ def explain_start(
     advice = "Relax or drop one of them" if many else "Relax it, or start from another pose or action"
     if isinstance(term, WeightedSum):
         (low, high), bounds = _range_of(term, branch, step)
-        wanted, nearest = f"[{bounds[0]:.6g}, {bounds[1]:.6g}]", float(np.clip((low, high), *bounds)[0])
+        wanted = _text_of(*bounds)
         nearest = high if bounds[0] > high else low if bounds[1] < low else None
         proven = nearest is not None
     elif isinstance(term, Change):
@@ -51,6 +49,10 @@ def explain_start(
         if step == 0 and term.last is not None and not branch.laws.viable(0, dim).is_empty:
             nearest = float(branch.laws.viable(0, dim).nearest(np.array([term.last]))[0])
             proven = abs(nearest - term.last) > term.limits[0]
+    elif isinstance(term, Predicate):
+        wanted = f"a chunk that {term.name} allows"
+    elif isinstance(term, Hold):
+        wanted = "changes of the gripper that come neither too early nor too often"
     elif isinstance(term, Zone):
         corners = ", ".join(f"{a:.4g}..{b:.4g}" for a, b in zip(term.low, term.high, strict=True))
         here = ", ".join(f"{a:.4g}" for a in term.origin)
@@ -68,9 +70,15 @@ def explain_start(
         reachable=(low, high),
         nearest=nearest,
         bin_width=binder.reaches[dim].bin_width or None,
-        unit=binder.space.units[dim],
-        suggestion=advice if proven else NOT_PROVEN,
+        unit=None if isinstance(term, (Predicate, Hold)) else binder.space.units[dim],
+        suggestion=advice if proven else f"{NOT_PROVEN}. {advice}",
     )
+
+
+def _text_of(low: float, high: float) -> str:
+    if np.isinf(low):
+        return f"at most {high:.6g}"
+    return f"at least {low:.6g}" if np.isinf(high) else f"[{low:.6g}, {high:.6g}]"
 
 
 def _where(branch: Branch) -> tuple[int, int, Term | None]:
@@ -93,7 +101,11 @@ def _range_of(term: WeightedSum, branch: Branch, step: int) -> tuple[tuple[float
     for i, d in enumerate(term.dims):
         for t in range(step + 1):
             members = branch.laws.viable(t, d)
-            ends = np.array([members.lows[0], members.highs[-1], members.nearest(np.zeros(1))[0]])
+            start, change = branch.laws.start[d], branch.laws.moves.limits[: t + 1, d].sum()
+            low_end, high_end = members.lows[0], members.highs[-1]
+            if np.isfinite(start) and np.isfinite(change):  # what the rate limits leave, at the outside
+                low_end, high_end = max(low_end, start - change), min(high_end, start + change)
+            ends = np.array([low_end, high_end, np.clip(0.0, low_end, max(low_end, high_end))])
             amounts = term.weigh(ends, i)
             low[t] += amounts.min()
             high[t] += amounts.max()

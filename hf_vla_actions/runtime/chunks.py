@@ -78,7 +78,7 @@ def remembered(context: Context | None, executed: Sequence[np.ndarray], space: A
         executed: (dof,) actions carried out since the episode began, the last one at the end.
         space: meaning of the numbers.
     """
-    if not executed or (context is not None and context.last_action is not None):
+    if not executed:
         return context
     held = None
     if space.gripper is not None:
@@ -90,6 +90,6 @@ def remembered(context: Context | None, executed: Sequence[np.ndarray], space: A
     context = context or Context()
     return Context(
         pose=context.pose,
-        last_action=executed[-1],
+        last_action=executed[-1] if context.last_action is None else context.last_action,
         held_steps=held if context.held_steps is None else context.held_steps,
     )
