@@ -9,10 +9,10 @@ from hf_vla_actions.constraints.coupled import Linear, MoveBy, Rate, Speed, Stic
 from hf_vla_actions.constraints.intervals import IntervalSet
 from hf_vla_actions.constraints.kinds import constraint_from_dict
 from hf_vla_actions.constraints.language import Fix, Forbid, InSet, Range, Target
+from hf_vla_actions.constraints.places import KeepOut, Workspace
 from hf_vla_actions.constraints.retime import RetimedChunk, retime
 from hf_vla_actions.constraints.slower import retime_within
 from hf_vla_actions.constraints.text import parse_constraints
-from hf_vla_actions.constraints.places import KeepOut, Workspace
 
 __all__ = [
     "All",
