@@ -526,7 +526,9 @@ def test_description_goes_into_another_file_and_finds_its_weights(tokenizer, tmp
     with pytest.raises(CheckpointError, match="not the description"):
         VQActionTokenizer.from_dict({**values, "color": 3}, tmp_path)
     with pytest.raises(CheckpointError, match="not the description"):
-        VQActionTokenizer.from_dict({"type": "vq"}, tmp_path)
+        VQActionTokenizer.from_dict({"type": "vq", "file": values["file"]}, tmp_path)
+    with pytest.raises(CheckpointError, match=r"lie in vq_tokenizer\.safetensors"):
+        VQActionTokenizer.from_dict({**values, "file": "../other.safetensors"}, tmp_path)
 
 
 def test_it_can_be_sent_to_another_process_and_copied(tokenizer):

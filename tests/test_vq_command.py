@@ -101,3 +101,18 @@ def test_real_episodes_become_four_codes_a_chunk(shared):
     assert shares.max() < 0.8
     codes = tokenizer.encode(stats.normalize(chunks))
     assert len(np.unique(codes, axis=0)) > 0.8 * len(codes)  # chunks of real data keep their differences
+
+
+def test_dimensions_that_never_move_in_real_data_come_back_exactly(shared):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    files = sorted(shared.glob("data/groot_demo_v2/demo_data/*/data/*/*.parquet"))
+    actions = np.array(parquet.read_table(files[0])["action"].to_pylist(), dtype=np.float64)
+    stats = ActionStats.compute(actions)
+    assert (stats.constant.sum(), stats.dof) == (25, 44)
+    chunks = np.lib.stride_tricks.sliding_window_view(actions, 16, axis=0).transpose(0, 2, 1)
+    tokenizer = VQActionTokenizer(44, 16, codebook_size=16, n_codebooks=2)
+    tokenizer.fit(stats.normalize(chunks), held_out=0, steps=40, progress=False)
+    report = tokenizer.report(chunks, stats)
+    still = np.ptp(actions, axis=0) == 0
+    assert np.array(report.max_error)[still].max() == 0
+    assert np.array(report.mean_error)[~stats.constant].min() > 0

@@ -16,6 +16,7 @@ from hf_vla_actions.actions import ActionSpace, ActionStats
 from hf_vla_actions.errors import ActionTokenError, CheckpointError
 from hf_vla_actions.tokenizers.vq_files import (
     TYPE,
+    WEIGHTS_NAME,
     find_files,
     from_bytes,
     read_bytes,
@@ -204,7 +205,8 @@ class VQActionTokenizer:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready description that names the file of the weights and its SHA-256; see `from_dict`."""
         self._ready()
-        return {"type": TYPE, **self.shape.to_dict(), "sha256": hashlib.sha256(self._bytes).hexdigest()}
+        sha256 = hashlib.sha256(self._bytes).hexdigest()
+        return {"type": TYPE, **self.shape.to_dict(), "file": WEIGHTS_NAME, "sha256": sha256}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], folder: str | os.PathLike) -> VQActionTokenizer:
@@ -216,7 +218,12 @@ class VQActionTokenizer:
         """
         if values.get("type") != TYPE:
             raise ActionTokenError(f"action tokenizers that can be read here: [{TYPE!r}], got {values.get('type')!r}")
-        sizes = {name: value for name, value in values.items() if name not in ("type", "sha256", "format_version")}
+        if values.get("file") != WEIGHTS_NAME:
+            raise CheckpointError(
+                f"the weights of a VQ tokenizer lie in {WEIGHTS_NAME}, not in {values.get('file')!r}"
+            )
+        others = ("type", "file", "sha256", "format_version")
+        sizes = {name: value for name, value in values.items() if name not in others}
         try:
             tokenizer = cls(**sizes)
         except TypeError as error:
