@@ -21,6 +21,7 @@ _HOME = {
     "VQActionTokenizer": "tokenizers",
     "ActionConfig": "config",
     "Context": "constraints",
+    "FASTLogitsProcessor": "decoding",
     "TACOLogitsProcessor": "decoding",
     "TACOLoss": "decoding",
     "taco_loss": "decoding",
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
     from hf_vla_actions.actions import ActionSpace, ActionStats, BinGrid, Gripper, NormStats
     from hf_vla_actions.config import ActionConfig
     from hf_vla_actions.constraints import Context
-    from hf_vla_actions.decoding import TACOLogitsProcessor, TACOLoss, taco_loss
+    from hf_vla_actions.decoding import FASTLogitsProcessor, TACOLogitsProcessor, TACOLoss, taco_loss
     from hf_vla_actions.errors import FASTDecodeError, InfeasibleConstraintError, VLAActionsError
     from hf_vla_actions.models import (
         ActionOutput,

@@ -11,9 +11,16 @@ COMMANDS = {
         "learn a small task from nothing, obey limits, in minutes on any machine",
     ),
     "train": ("hf_vla_actions.train.__main__", "fine-tune a model on a LeRobotDataset (one process; see --help)"),
-    "fit-vq": ("hf_vla_actions.train.fit_vq", "learn an action tokenizer of a few codes a chunk from a LeRobotDataset"),
+    "fit-vq": (
+        "hf_vla_actions.train.fit_vq",
+        "learn an action tokenizer of a few codes a chunk from a LeRobotDataset",
+    ),
     "predict": ("hf_vla_actions.models.predict", "print the action of a policy for one frame, free and constrained"),
     "inspect": ("hf_vla_actions.hub.inspect", "what is in a checkpoint, and whether it is safe to run"),
+    "fit-fast": (
+        "hf_vla_actions.decoding.fast_fit",
+        "fit a FAST action tokenizer to a dataset, for a wanted precision",
+    ),
 }
 
 

@@ -15,10 +15,10 @@ from tokenizers import Tokenizer
 from hf_vla_actions.errors import ActionTokenError
 from hf_vla_actions.tokenizers import fast_files
 from hf_vla_actions.tokenizers.fast_bytes import TokenBytes, can_spell, read_bpe
+from hf_vla_actions.tokenizers.fast_dct import coefficient_limit, from_coefficients, to_coefficients
 from hf_vla_actions.tokenizers.fast_read import CoefficientReader, Repair
 
 logger = logging.getLogger(__name__)
-MARGIN = 1.01  # dimensions that are not normalized may exceed [-1, 1] by measurement noise
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +46,7 @@ class FASTActionTokenizer:
     tokens: TokenBytes = field(init=False, repr=False)
     byte_level: bool = field(init=False)
     _reader: CoefficientReader = field(init=False, repr=False)
-    _spellable: dict[int, bool] = field(init=False, repr=False)
+    _spellable: dict[int, np.ndarray] = field(init=False, repr=False)
 
     def __post_init__(self):
         number = isinstance(self.scale, (int, float, np.number)) and not isinstance(self.scale, bool)
@@ -132,31 +132,14 @@ class FASTActionTokenizer:
 
     def coefficients(self, normalized) -> np.ndarray:
         """(n, horizon, dof) int64: the rounded coefficients of chunks (..., horizon, dof), checked to be spellable."""
-        x = np.asarray(normalized, dtype=np.float64)
-        if x.ndim < 2 or not x.shape[-1] or not x.shape[-2]:
-            raise ActionTokenError(f"a chunk has shape (..., horizon, dof), got {x.shape}")
-        x = x.reshape(-1, *x.shape[-2:])
-        if not np.isfinite(x).all():
-            at = tuple(int(i) for i in np.argwhere(~np.isfinite(x))[0])
-            raise ActionTokenError(
-                f"chunk {at[0]} has {x[at]} at step {at[1]}, dimension {at[2]}; look for missing values"
-            )
-        from scipy.fft import dct
-
-        exact = dct(x, axis=1, norm="ortho") * self.scale
-        limit = self.limit(x.shape[1])
-        rounded = np.around(exact)
-        if x.size and np.abs(rounded).max() > limit:
-            at = tuple(int(i) for i in np.argwhere(np.abs(rounded) > limit)[0])
-            raise ActionTokenError(
-                f"chunk {at[0]} holds values up to {np.abs(x[at[0], :, at[2]]).max():.4g} in dimension {at[2]}: its "
-                f"coefficient {rounded[at]:.0f} at frequency {at[1]} is beyond {-limit}..{limit}, what values in [-1, 1] "
-                "can have. Normalize the actions first"
-            )
-        rounded = rounded.astype(np.int64)
-        missing = [int(c) for c in np.unique(rounded) if not self.can_spell(int(c))]
-        if missing:
-            at = tuple(int(i) for i in np.argwhere(np.isin(rounded, missing))[0])
+        rounded = to_coefficients(normalized, self.scale)
+        limit = self.limit(rounded.shape[1])
+        if limit not in self._spellable:
+            self._spellable[limit] = np.array([self.can_spell(c) for c in range(-limit, limit + 1)])
+        has = self._spellable[limit][rounded + limit]
+        if not has.all():
+            at = tuple(int(i) for i in np.argwhere(~has)[0])
+            missing = np.unique(rounded[~has]).tolist()
             raise ActionTokenError(
                 f"chunk {at[0]} has the coefficients {missing[:8]}, for which this tokenizer has no characters (the first "
                 f"at frequency {at[1]}, dimension {at[2]}); fit one with FASTActionTokenizer.fit, which has them all"
@@ -165,9 +148,7 @@ class FASTActionTokenizer:
 
     def can_spell(self, coefficient: int) -> bool:
         """Whether the tokenizer has a way to write a coefficient."""
-        if coefficient not in self._spellable:
-            self._spellable[coefficient] = can_spell(self.tokens, self.byte_level, coefficient - self.min_token)
-        return self._spellable[coefficient]
+        return can_spell(self.tokens, self.byte_level, coefficient - self.min_token)
 
     def decode(self, sequences, horizon: int, dof: int, *, strict: bool = True) -> np.ndarray:
         """Chunks of codes: (n, horizon, dof) float64 normalized.
@@ -240,9 +221,7 @@ class FASTActionTokenizer:
         return [ids.astype(np.int64, copy=False) for ids in rows], horizon * dof, self.limit(horizon)
 
     def _values(self, coefficients: np.ndarray, horizon: int, dof: int) -> np.ndarray:
-        from scipy.fft import idct
-
-        return idct(coefficients.reshape(-1, horizon, dof) / self.scale, axis=1, norm="ortho")
+        return from_coefficients(coefficients.reshape(-1, horizon, dof), self.scale)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready description, complete in itself; inverse of `from_dict`."""
@@ -272,11 +251,3 @@ class FASTActionTokenizer:
 
     def __hash__(self) -> int:
         return hash((self.bpe, self.scale, self.min_token))
-
-
-def coefficient_limit(horizon: int, scale: float) -> int:
-    """Largest absolute rounded coefficient of `horizon` values in [-1, 1] and 1 % beyond.
-
-    The rows of an orthonormal transform have length 1, so none exceeds the length of the values, sqrt(horizon).
-    """
-    return math.floor(MARGIN * scale * math.sqrt(horizon) + 0.5)

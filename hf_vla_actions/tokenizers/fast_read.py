@@ -110,10 +110,14 @@ class CoefficientReader:
         if beyond.any():
             first = int(np.argmax(beyond))
             byte = len(text[:first].encode("utf-8"))
-            at = int(place[np.searchsorted(ends, byte, side="right")]) if not broken.any() else None
-            where = "" if at is None else f", token {at}"
+            where: int | None = int(place[np.searchsorted(ends, byte, side="right")]) if not broken.any() else None
+            words = "" if where is None else f", token {where}"
             found.append(
-                ("range", at, f"coefficient {first}{where} is {coefficients[first]}, possible are {-limit}..{limit}")
+                (
+                    "range",
+                    where,
+                    f"coefficient {first}{words} is {coefficients[first]}, possible are {-limit}..{limit}",
+                )
             )
         if len(points) != n:
             found.append(("length", None, f"{len(points)} coefficients instead of {n}"))
