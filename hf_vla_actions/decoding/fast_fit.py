@@ -18,7 +18,7 @@ from hf_vla_actions.actions import ActionSpace, ActionStats
 from hf_vla_actions.data import ChunkDataset, LeRobotDataset
 from hf_vla_actions.errors import DatasetError, VLAActionsError, one_line_errors
 from hf_vla_actions.tokenizers import FASTActionTokenizer
-from hf_vla_actions.tokenizers.fast_dct import coefficient_limit
+from hf_vla_actions.tokenizers.fast_dct import check_scale, coefficient_limit
 from hf_vla_actions.tokenizers.fast_fit import FASTReport, report, scale_for
 
 REPORT_NAME = "fast_report.json"
@@ -55,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
         "--max_error",
         nargs="+",
         metavar="ERROR",
-        help="largest error of any value: 2mm, 0.5deg, ... one for each kind of unit, or a number without unit for the "
+        help="largest error of any value that normalization does not clip: 2mm, 0.5deg, ... one for each kind of unit, or a number without unit for the "
         "dimensions that have none; the scale follows",
     )
     options.add_argument("--action_key", default="action", help="column of the actions (default: %(default)s)")
@@ -92,7 +92,8 @@ def main(argv: list[str] | None = None) -> int:
     stats = _stats(dataset, space, fitted, args)
     chunks = {name: _chunks(dataset, stats, part, args) for name, part in (("fit", fitted), ("report", held_out))}
     half_range = stats.unnormalize(np.ones(space.dof)) - stats.unnormalize(np.zeros(space.dof))
-    scale = args.scale or 10.0
+    scale = 10.0 if args.scale is None else args.scale
+    check_scale(scale)
     if args.max_error:
         wanted = _wanted(args.max_error, space, half_range)
         scale = scale_for(np.concatenate(list(chunks.values())), wanted)

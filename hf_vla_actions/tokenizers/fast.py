@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +14,7 @@ from tokenizers import Tokenizer
 from hf_vla_actions.errors import ActionTokenError
 from hf_vla_actions.tokenizers import fast_files
 from hf_vla_actions.tokenizers.fast_bytes import TokenBytes, can_spell, read_bpe
-from hf_vla_actions.tokenizers.fast_dct import coefficient_limit, from_coefficients, to_coefficients
+from hf_vla_actions.tokenizers.fast_dct import check_scale, coefficient_limit, from_coefficients, to_coefficients
 from hf_vla_actions.tokenizers.fast_read import CoefficientReader, Repair
 
 logger = logging.getLogger(__name__)
@@ -49,9 +48,7 @@ class FASTActionTokenizer:
     _spellable: dict[int, np.ndarray] = field(init=False, repr=False)
 
     def __post_init__(self):
-        number = isinstance(self.scale, (int, float, np.number)) and not isinstance(self.scale, bool)
-        if not number or not (math.isfinite(self.scale) and self.scale > 0):
-            raise ActionTokenError(f"scale must be a positive number, got {self.scale!r}")
+        check_scale(self.scale)
         if not isinstance(self.min_token, (int, np.integer)) or isinstance(self.min_token, bool):
             raise ActionTokenError(f"min_token must be a whole number, got {self.min_token!r}")
         backend, tokens, byte_level = read_bpe(self.bpe)

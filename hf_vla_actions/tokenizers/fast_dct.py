@@ -11,6 +11,13 @@ from hf_vla_actions.errors import ActionTokenError
 MARGIN = 1.01  # dimensions that are not normalized may exceed [-1, 1] by measurement noise
 
 
+def check_scale(scale) -> None:
+    """Raise if a scale is no positive number."""
+    number = isinstance(scale, (int, float, np.number)) and not isinstance(scale, bool)
+    if not number or not (math.isfinite(scale) and scale > 0):
+        raise ActionTokenError(f"scale must be a positive number, got {scale!r}")
+
+
 def coefficient_limit(horizon: int, scale: float) -> int:
     """Largest absolute rounded coefficient of `horizon` values in [-1, 1] and 1 % beyond.
 

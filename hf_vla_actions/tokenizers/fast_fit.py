@@ -13,7 +13,7 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 
 from hf_vla_actions.errors import ActionTokenError
-from hf_vla_actions.tokenizers.fast_dct import coefficient_limit, from_coefficients, to_coefficients
+from hf_vla_actions.tokenizers.fast_dct import check_scale, coefficient_limit, from_coefficients, to_coefficients
 
 if TYPE_CHECKING:
     from hf_vla_actions.tokenizers.fast import FASTActionTokenizer
@@ -29,6 +29,7 @@ def fit_bpe(chunks, vocab_size: int, scale: float, progress: bool = False) -> tu
     Returns:
         content of a `tokenizer.json`, and its `min_token`.
     """
+    check_scale(scale)
     groups = _groups(chunks)
     limit = max(coefficient_limit(group.shape[1], scale) for group in groups)
     n_characters = 2 * limit + 1
