@@ -1,6 +1,7 @@
 import json
 import pickle
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -60,6 +61,15 @@ def spelled(*coefficients, low=-354):
 def sequences(data, name):
     offsets = data[f"{name}_offsets"]
     return [data[f"{name}_ids"][a:b] for a, b in pairwise(offsets)]
+
+
+def test_tokens_and_values_are_those_of_the_reference_on_what_is_kept_here():
+    data = np.load(Path(__file__).parent / "golden/fast/synth8.npz")
+    tokenizer = FASTActionTokenizer(data["bpe"].tobytes().decode(), int(data["scale"]), int(data["min_token"]))
+    wanted = [data["ids"][a:b].tolist() for a, b in pairwise(data["offsets"])]
+    assert np.array_equal(tokenizer.coefficients(data["chunks"]), data["coef"])
+    assert [ids.tolist() for ids in tokenizer.encode(data["chunks"])] == wanted
+    assert np.abs(tokenizer.decode(wanted, 8, 7) - data["recon"]).max() < 1e-9
 
 
 @pytest.mark.parametrize("name", SETS)

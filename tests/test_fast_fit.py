@@ -54,6 +54,21 @@ def test_ten_thousand_random_chunks_come_back(fitted):
     assert np.abs(dct(back - chunks, axis=1, norm="ortho")).max() <= 0.05 + 1e-9
 
 
+def test_chunks_that_the_reference_s_own_fit_loses_come_back(shared):
+    file = shared / "golden/fast/fit_drop_failures.npz"
+    if not file.is_file():
+        pytest.skip("no golden data")
+    data = np.load(file)
+    lost = [name for name in data.files if name.endswith("chunks")]
+    assert lost
+    for name in lost:
+        chunks = data[name]
+        _, horizon, dof = chunks.shape
+        tokenizer = FASTActionTokenizer.fit(smooth(300, horizon, dof), 512, 10)
+        back = tokenizer.decode(tokenizer.encode(chunks), horizon, dof)
+        assert np.abs(dct(back - chunks, axis=1, norm="ortho")).max() <= 0.05 + 1e-9
+
+
 def test_a_longer_chunk_than_it_was_fitted_for_is_refused_if_it_cannot_be_spelled(fitted):
     fitted.encode(0.3 * smooth(3, 16, 7))
     with pytest.raises(ActionTokenError, match="has no characters"):
