@@ -136,33 +136,26 @@ def test_exactly_the_tokens_that_can_lead_to_an_end_are_allowed(min_token, budge
             return False
         return True
 
-    complete = set()
-    beginnings = {()}
+    characters = [chr(c - min_token).encode() for c in range(-tokenizer.limit(1), tokenizer.limit(1) + 1)]
+    texts = {raw[:k] for raw in map(b"".join, itertools.product(characters, repeat=n)) for k in range(len(raw) + 1)}
+    complete, beginnings = set(), {(): b""}
     for _ in range(limit):
-        following = set()
-        for codes in beginnings:
-            raw = b"".join(tokenizer.tokens.of[c] for c in codes)
-            for code in range(tokenizer.n_codes):
-                joined = raw + tokenizer.tokens.of[code]
-                if any(b"".join(c).startswith(joined) for c in itertools.product(spellings(tokenizer), repeat=n)):
-                    following.add((*codes, code))
-        complete |= {codes for codes in following if spells(codes)}
-        beginnings = following
+        longer = {
+            (*codes, code): raw + tokenizer.tokens.of[code]
+            for codes, raw in beginnings.items()
+            for code in range(tokenizer.n_codes)
+        }
+        beginnings = {codes: raw for codes, raw in longer.items() if raw in texts}
+        complete |= {codes for codes in beginnings if spells(codes)}
     prefixes = {codes[:k] for codes in complete for k in range(len(codes) + 1)}
     fast = processor(tokenizer, 1, n, max_new_tokens=budget)
     assert len(complete) > 10
-    for codes in prefixes:
-        may, done = allowed(fast, codes)
-        assert done[0] == (codes in complete)
-        assert np.flatnonzero(may[0]).tolist() == [c for c in range(tokenizer.n_codes) if (*codes, c) in prefixes]
-
-
-def spellings(tokenizer, known={}):  # noqa: B006
-    key = tokenizer.min_token
-    if key not in known:
-        limit = tokenizer.limit(1)
-        known[key] = [chr(c - key).encode() for c in range(-limit, limit + 1)]
-    return known[key]
+    for _, group in itertools.groupby(sorted(prefixes, key=len), key=len):
+        rows = list(group)
+        may, done = allowed(fast, *rows)
+        assert done.tolist() == [codes in complete for codes in rows]
+        wanted = [[(*codes, code) in prefixes for code in range(tokenizer.n_codes)] for codes in rows]
+        assert np.array_equal(may, wanted)
 
 
 def test_rows_stand_at_different_places_and_do_not_see_each_other(tokenizers):
