@@ -10,7 +10,14 @@ from test_taco import CONFIG, DOF, WAYS, N, generate, model, real_values  # noqa
 from tiny import INSTRUCTIONS, SPACE, sharpen, tiny_llama, tiny_llava
 from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessorList
 
-from hf_vla_actions import ActionConfig, Context, InfeasibleConstraintError, TACOLogitsProcessor, VLAActionsError
+from hf_vla_actions import (
+    ActionConfig,
+    ActionSpace,
+    Context,
+    InfeasibleConstraintError,
+    TACOLogitsProcessor,
+    VLAActionsError,
+)
 from hf_vla_actions.constraints import (
     Any,
     Fix,
@@ -23,8 +30,10 @@ from hf_vla_actions.constraints import (
     Target,
     Where,
     Workspace,
+    bind,
     constraint_from_dict,
     project,
+    retime_within,
 )
 from hf_vla_actions.errors import ConstraintError
 
@@ -413,3 +422,131 @@ def test_a_policy_counts_for_how_long_its_gripper_has_kept_still(policy):
     assert [runner(observation(0))[6] for _ in range(4)] == [1, 1, 1, 0]
     with pytest.raises(InfeasibleConstraintError, match="Sticky"):  # closed for one step only: may not open again
         runner(observation(1))
+
+
+@pytest.mark.parametrize("mode", ["mixture", "mask", "transport", "project"])
+def test_hysteresis_acts_in_every_mode(mode):
+    config = tiny_llama(horizon=2).action_config
+    sticky = [Sticky("gripper", hysteresis=0.9)]
+    taco = TACOLogitsProcessor(
+        sticky, config, prompt_length=0, context=Context(last_action=[0] * 6 + [1.0]), mode=mode
+    )
+    ids = torch.tensor([config.vocabulary.token_ids[[128] * 6]])
+    scores = torch.full((1, config.vocabulary.token_ids.max() + 1), -20.0)
+    values = config.token_values()[6]
+    closed, opened = config.vocabulary.token_ids[values == 0][0], config.vocabulary.token_ids[values == 1][0]
+    scores[0, closed], scores[0, opened] = np.log(0.7), np.log(0.3)
+    assert taco(ids, scores).argmax() == opened  # 0.7 is not sure enough to close
+    scores[0, closed], scores[0, opened] = np.log(0.95), np.log(0.05)
+    assert taco(ids, scores).argmax() == closed
+
+
+def test_what_a_policy_returns_may_be_changed_by_the_caller(policy):
+    runner = policy.policy(
+        constraints=[Rate("x", 0.001)],
+        context=lambda obs: Context(last_action=[0.0] * 6 + [1]) if not runner.executed else None,
+        execute_steps=1,
+    )
+    done = []
+    for i in range(3):
+        action = runner(observation(i))
+        done.append(float(action[0]))
+        action *= 100  # to the units of some simulator
+    assert (np.abs(np.diff([0.0, *done])) <= 0.001).all()
+
+
+def test_the_first_action_of_an_episode_may_have_changed_the_gripper(policy):
+    told = Context(last_action=[0, 0, 0, 0, 0, 0, 1.0])
+    looks = []
+
+    def limits(obs):
+        looks.append(1)
+        return [Sticky("gripper", min_hold=6), Target("gripper", 0.0 if len(looks) == 1 else 1.0, sigma=1e-3)]
+
+    runner = policy.policy(constraints=limits, context=lambda obs: None if runner.executed else told, mode="mask")
+    grips = [runner(observation(0))[6] for _ in range(8)]
+    assert grips == [0, 0, 0, 0, 0, 0, 1, 1]  # closed at the first step, and for six
+
+
+def test_retiming_keeps_soft_constraints_and_refuses_other_modes(policy):
+    runner = policy.policy(
+        constraints=[Target("x", 0.02, sigma=1e-4), Speed(XYZ, 0.005)], style="retime", execute_steps=1
+    )
+    part = runner(observation(0))
+    n = 1 + len(runner._pending)
+    assert part[0] * n == pytest.approx(0.02, abs=5e-4)
+    for options in ({"mode": "mask"}, {"mode": "clip"}, {"style": "slow"}, {"on_infeasible": "hodl"}):
+        with pytest.raises(VLAActionsError, match="mode|style|on_infeasible"):
+            policy.policy(**{"style": "retime", **options})
+    with pytest.raises(VLAActionsError, match="whole number"):
+        policy.policy(execute_steps=1.5)
+
+
+def test_retiming_looks_into_constraints_made_of_others():
+    chunk = np.full((4, 7), 0.02)
+    together = retime_within(chunk, [Speed(XYZ, 0.01) & Range("yaw", -1, 1)], SPACE)
+    apart = retime_within(chunk, [Speed(XYZ, 0.01), Range("yaw", -1, 1)], SPACE)
+    np.testing.assert_array_equal(together.actions, apart.actions)
+    for constraint in (
+        Range("x", high=0, steps=0) & Speed(XYZ, 1.0),
+        Any(Range("x", high=0, steps=0), Speed(XYZ, 1.0)),
+    ):
+        with pytest.raises(ConstraintError, match="steps"):
+            retime_within(chunk, [constraint], SPACE)
+
+
+@pytest.mark.parametrize("soft", [Where(lambda chunks: chunks[:, 0, 0] > 0), Sticky("gripper", hysteresis=0.5)])
+def test_what_has_no_excess_has_no_price(soft):
+    with pytest.raises(ConstraintError, match="no excess"):
+        soft.soft(1.0)
+
+
+def test_holding_needs_to_know_what_the_numbers_are():
+    space = ActionSpace.unnamed(2)
+    values = np.tile(np.linspace(-1, 1, 16), (2, 1))
+    with pytest.raises(ConstraintError, match="change or a target"):
+        bind([Range(0, 5, 6)], space, values, 2, on_infeasible="hold", context=Context(last_action=[0.7, 0.7]))
+
+
+@pytest.mark.parametrize("on_infeasible", ["hold", "nearest"])
+@pytest.mark.parametrize("mode", ["mask", "project"])
+def test_the_report_after_a_fallback_is_of_what_acted(inputs, on_infeasible, mode):
+    vla = sharpen(tiny_llava(horizon=4, limits=[Range("x", -0.03, 0.0)]), 60)
+    wanted = [Range("x", low=0.01), Range("x", low=0.012)]
+    options = {"constraints": wanted, "context": AT, "on_infeasible": on_infeasible, "mode": mode, "return_dict": True}
+    report = vla.predict_action(**inputs, **options).confidence
+    assert np.isfinite(report.log_q).all()
+    if mode == "mask":
+        assert np.isfinite(report.log_weight).all()
+
+
+def test_a_far_robot_costs_its_neighbor_nothing(policy):
+    config = policy.action_config
+    zone = [KeepOut("x", 0.405, 0.5)]
+    near = TACOLogitsProcessor(zone, config, prompt_length=0, context=Context(pose={"x": 0.4}), mode="mask")
+    both = TACOLogitsProcessor(zone, config, prompt_length=0, context=Context(pose={"x": [0.4, 2e6]}), mode="mask")
+    scores = torch.zeros(2, int(config.vocabulary.token_ids.max()) + 1)
+    ids = torch.zeros((2, 0), dtype=torch.long)
+    assert torch.equal(near(ids[:1], scores[:1])[0], both(ids, scores)[0])
+
+
+@pytest.mark.parametrize("scale", [1e200, 1e-200])
+def test_numbers_whose_squares_are_lost_are_refused(scale):
+    space = ActionSpace(["x", "y"], ["m", "m"], True)
+    values = np.tile(np.linspace(-1, 1, 16), (2, 1)) * scale
+    with pytest.raises(ConstraintError, match="another unit"):
+        bind([Speed(["x", "y"], scale)], space, values, 2)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda v: bind([], SPACE, v, 0), "horizon"),
+        (lambda v: bind([], SPACE, v, 2, limits=Range("x", 0, 1)), "limits are a list"),
+        (lambda v: project([["a"] * 7], [], SPACE), "numbers"),
+        (lambda v: bind("Range(x, 0, 1)", SPACE, v, 2), "parse_constraints"),
+    ],
+)
+def test_bad_input_of_binding_is_named(call, message):
+    with pytest.raises(ConstraintError, match=message):
+        call(np.tile(np.linspace(-1, 1, 16), (7, 1)))

@@ -71,6 +71,10 @@ class Constraint:
         """True if it excludes actions, False if it only makes some likelier."""
         return True
 
+    def parts_of(self) -> tuple[Constraint, ...]:
+        """The constraints that it is made of; none for most."""
+        return ()
+
     @property
     def n_samples(self) -> int | None:
         """Samples that it has numbers of their own for; None if all samples share its numbers."""

@@ -10,6 +10,7 @@ from hf_vla_actions.actions import ActionSpace
 from hf_vla_actions.constraints.base import Constraint
 from hf_vla_actions.constraints.binder import binder_of
 from hf_vla_actions.constraints.bound import BoundConstraints
+from hf_vla_actions.constraints.combined import All
 from hf_vla_actions.constraints.context import Context
 from hf_vla_actions.constraints.sample import Sample
 from hf_vla_actions.constraints.terms import Known
@@ -55,13 +56,17 @@ def bind(
     if context is not None and not isinstance(context, Context):
         raise ConstraintError(f"context is a Context(pose=..., last_action=...), got {context!r}")
     values = _check_values(values, space, grid)
+    if isinstance(limits, Constraint) or not isinstance(limits, Sequence):
+        raise ConstraintError(f"limits are a list of constraints, got {limits!r}")
+    if isinstance(horizon, bool) or not isinstance(horizon, (int, np.integer)) or horizon < 1:
+        raise ConstraintError(f"horizon must be a whole number of at least 1, got {horizon!r}")
     lists, per_sample = with_limits(constraints, tuple(limits)), _is_per_sample(constraints)
     lists, per_sample = _spread(lists, per_sample, context)
     binder = binder_of(space, values, horizon, grid)
     samples = []
     for s, sample in enumerate(lists):
         known = Known() if context is None else context.known(space, s, len(lists))
-        samples.append(Sample(binder, s, [c.sample(s) for c in sample], known, n_limits=len(limits)))
+        samples.append(Sample(binder, s, [c.sample(s) for c in sample], known, n_limits=len(_flat(limits))))
     certified = binder.certified([sample.branches for sample in samples])
     for sample, starts in zip(samples, certified, strict=True):
         sample.settle(starts, on_infeasible)
@@ -75,6 +80,7 @@ def bind(
         {(s, *cell): nats for s, sample in enumerate(samples) for cell, nats in sample.pulls().items()},
         [sample.prices() for sample in samples],
         [sample.fallback for sample in samples],
+        [sample.kept for sample in samples],
     )
 
 
@@ -100,7 +106,10 @@ def project(
     Returns:
         float64 of the same shape; what is allowed already stays bit by bit. Soft constraints move nothing.
     """
-    actions = np.asarray(actions, dtype=np.float64)
+    try:
+        actions = np.asarray(actions, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise ConstraintError(f"actions are numbers (..., horizon, {space.dof}), got {actions!r}") from None
     if actions.ndim < 2 or actions.shape[-1] != space.dof:
         raise ConstraintError(f"chunks have shape (..., horizon, {space.dof}), got {actions.shape}")
     bound = bind(constraints, space, None, actions.shape[-2], limits=limits, grid=False, context=context)
@@ -113,7 +122,7 @@ def _check_values(values, space: ActionSpace, grid: bool) -> np.ndarray | None:
         if grid:
             raise ConstraintError("the token grid is needed: pass values (dof, n_codes), or grid=False")
         return None
-    values = np.asarray(values, dtype=np.float64)
+    values = np.array(values, dtype=np.float64)  # a copy: what is worked out from it is remembered
     if values.ndim != 2 or values.shape[0] != space.dof or not values.shape[1] or not np.isfinite(values).all():
         raise ConstraintError(f"values must be finite, of shape ({space.dof}, n_codes), got shape {values.shape}")
     return values
@@ -131,7 +140,7 @@ def with_limits(constraints, limits: tuple[Constraint, ...] = ()) -> list[list[C
         raise ConstraintError(
             f"constraints are a list (or one list per sample), got {constraints!r}; text is read by parse_constraints"
         )
-    lists = [list(sample) + list(limits) for sample in (given if _is_per_sample(given) else [given])]
+    lists = [_flat([*sample, *limits]) for sample in (given if _is_per_sample(given) else [given])]
     strangers = [item for sample in lists for item in sample if not isinstance(item, Constraint)]
     if strangers:
         raise ConstraintError(
@@ -139,6 +148,11 @@ def with_limits(constraints, limits: tuple[Constraint, ...] = ()) -> list[list[C
             f"{strangers[0]!r} in it"
         )
     return lists
+
+
+def _flat(constraints) -> list[Constraint]:
+    """Constraints one by one, those of an `All` taken out of it."""
+    return [each for one in constraints for each in (one.parts if isinstance(one, All) else [one])]
 
 
 def _is_per_sample(given) -> bool:

@@ -19,6 +19,7 @@ from hf_vla_actions.errors import ConstraintError
 if TYPE_CHECKING:
     import torch
 
+    from hf_vla_actions.constraints.base import Constraint
     from hf_vla_actions.constraints.certificate import Certificate
 
 Cell = tuple[int, int, int]  # sample, step, dimension
@@ -26,9 +27,9 @@ Cell = tuple[int, int, int]  # sample, step, dimension
 
 @dataclass(frozen=True, eq=False)
 class Price:
-    """A soft coupled constraint: -weight * excess^2 nats for each of its terms."""
+    """A soft coupled constraint: -weight * excess^2 nats."""
 
-    terms: tuple[Term, ...]
+    term: Term
     weight: float
 
 
@@ -63,6 +64,7 @@ class BoundConstraints:
         pulls: (n_codes,) nats, for the (sample, step, dim) that have a soft constraint of one dimension.
         prices: for each sample, its soft coupled constraints.
         fallbacks: for each sample, what was done because it was infeasible; None where all is well.
+        kept: for each sample, the constraints that hold, as they were given.
     """
 
     space: ActionSpace
@@ -74,6 +76,7 @@ class BoundConstraints:
     pulls: Mapping[Cell, np.ndarray] = field(default_factory=dict)
     prices: Sequence[Sequence[Price | Pull]] = ()
     fallbacks: Sequence[Fallback | None] = ()
+    kept: Sequence[Sequence[Constraint]] = ()
 
     @property
     def is_static(self) -> bool:

@@ -12,6 +12,7 @@ from typing import ClassVar
 import numpy as np
 
 from hf_vla_actions.constraints.base import Constraint, Part, check_sample, one_count, plain
+from hf_vla_actions.constraints.coupled import Sticky
 from hf_vla_actions.constraints.language import Fix, OneDimensional, Target
 from hf_vla_actions.constraints.places import Workspace
 from hf_vla_actions.constraints.terms import Predicate
@@ -29,6 +30,10 @@ class _Made(Constraint):
     @property
     def _parts(self) -> tuple[Constraint, ...]:
         raise NotImplementedError
+
+    def parts_of(self) -> tuple[Constraint, ...]:
+        """The constraints that it is made of."""
+        return self._parts
 
     @property
     def needs(self) -> frozenset[str]:
@@ -168,6 +173,8 @@ class Soft(_Made):
         for part in _flat(self, [self.constraint]):
             if isinstance(part, Any):
                 raise self._refuse(f"{part} has no excess of its own; give it as it is, or without Any")
+            if isinstance(part, Where) or (isinstance(part, Sticky) and part.hysteresis is not None):
+                raise self._refuse(f"{part} says yes or no and has no excess that could be priced")
             picks = isinstance(part, OneDimensional) and part.picks
             if picks or not part.is_hard:
                 why = "chooses the nearest value" if picks else "excludes nothing"

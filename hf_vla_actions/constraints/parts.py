@@ -169,12 +169,10 @@ class ZonePart:
 
     def __init__(self, part: Component, zones: Sequence[Zone]):
         one = zones[0]
-        moves, origins, margin = positions_of(zones, part.values, part.horizon)
+        moves, starts, low, high = positions_of(zones, part.values, part.horizon)
         self.moves = [Amount(part, d, [moves[i]], None, bool(one.delta[i])) for i, d in enumerate(one.dims)]
         self.delta = one.delta
-        self.low = part._tensor(np.stack([zone.low for zone in zones]) - margin)  # (S, n)
-        self.high = part._tensor(np.stack([zone.high for zone in zones]) + margin)
-        self.origin = part._tensor(origins)
+        self.low, self.high, self.origin = part._tensor(low), part._tensor(high), part._tensor(starts)  # (S, n)
         self.steps = part._tensor(np.stack([zone.steps for zone in zones]))
 
     def holds(self, state: State) -> torch.Tensor:

@@ -28,7 +28,7 @@ class Prefix:
         self.now = taken[:, self.t * dof :]  # (R, d)
         self.next = values[self.d]  # (K,)
 
-    def at(self, dim: int, now: torch.Tensor | None = None) -> torch.Tensor:
+    def at(self, dim: int) -> torch.Tensor:
         """(R or 1, 1 or K) value of a dimension at the present step; of the present one all its codes."""
         return self.next[None] if dim == self.d else self.now[:, dim, None]
 

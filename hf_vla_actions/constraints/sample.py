@@ -64,6 +64,7 @@ class Sample:
             if on_infeasible == "raise":
                 raise problem
             reason = reason or str(problem)
+            logger.warning("sample %d: %s; on_infeasible=%r goes on without", self.index, problem, on_infeasible)
             if on_infeasible == "hold":
                 branch, actions = self._hold()
                 self.branches = [branch]
@@ -94,7 +95,13 @@ class Sample:
     def _hold(self) -> tuple[Branch, np.ndarray]:
         """The branch that leaves nothing but the values nearest to staying as it is, and those actions themselves."""
         binder, space = self.binder, self.binder.space
-        still = [0.0 if binder.rest[d] == 0 and space.delta[d] else self._stays_at(d) for d in range(space.dof)]
+        gripper = None if space.gripper is None else space.index(space.gripper.dim)
+        unsaid = [space.describe(d) for d in range(space.dof) if space.delta[d] is None and d != gripper]
+        if unsaid:
+            raise ConstraintError(
+                f"on_infeasible='hold' has to know whether {unsaid[0]} is a change or a target: give the ActionSpace its delta"
+            )
+        still = [0.0 if binder.rest[d] == 0 else self._stays_at(d) for d in range(space.dof)]
         sets: dict[tuple[int, int], IntervalSet] = {}
         for d, value in enumerate(still):
             here = binder.members[d].closest(value)
@@ -138,7 +145,7 @@ class Sample:
         if self.fallback and self.fallback.kind == "hold":
             return []
         parts = [(part, weight) for part, weight in self._soft_parts() if not isinstance(part, OneDimensional)]
-        return [part if isinstance(part, Pull) else Price((part,), weight) for part, weight in parts]  # type: ignore
+        return [part if isinstance(part, Pull) else Price(part, weight) for part, weight in parts]  # type: ignore
 
     def _soft_parts(self) -> list[tuple[Constraint | Term | Pull, float | None]]:
         binder = self.binder

@@ -48,7 +48,8 @@ def retime_within(
     lists = with_limits(constraints, tuple(limits))
     if len(lists) > 1:
         raise ConstraintError(f"one chunk is retimed, but there are {len(lists)} lists of constraints")
-    named = [constraint for constraint in lists[0] if constraint.steps is not None]
+    every = [part for constraint in lists[0] for part in _parts(constraint)]
+    named = [constraint for constraint in every if constraint.steps is not None]
     if named:
         raise ConstraintError(f"{named[0]} names steps of a chunk; retiming makes more of them. Leave steps= out")
     single = [
@@ -70,3 +71,9 @@ def retime_within(
     if fallback is not None and fallback.actions is not None:
         actions = fallback.actions
     return RetimedChunk(actions, slower.decoded_step, slower.stuck)
+
+
+def _parts(constraint: Constraint) -> list[Constraint]:
+    """A constraint and all that it is made of."""
+    inner = constraint.parts_of()
+    return [constraint, *(each for part in inner for each in _parts(part))]

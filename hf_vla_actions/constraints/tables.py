@@ -10,6 +10,7 @@ import numpy as np
 
 from hf_vla_actions.constraints.laws import Moves
 from hf_vla_actions.constraints.terms import WeightedSum, Zone
+from hf_vla_actions.errors import ConstraintError
 
 FINE = 48  # bits of the largest sum: sums of values rounded to this are exact in float64, in any order
 
@@ -162,16 +163,31 @@ def amounts_of(term: WeightedSum, values: np.ndarray, horizon: int) -> tuple[lis
     """Rounded amounts (K,) of each dimension of a sum, and how much rounding can add up to."""
     raw = [term.weigh(values[d], i) for i, d in enumerate(term.dims)]
     times = horizon if term.cumulative else 1
+    largest = np.array([np.abs(a).max() for a in raw])
+    lost = [
+        d for d, most in zip(term.dims, largest, strict=True) if most == 0 and values[d].any() and term.weights.any()
+    ]
+    if not np.isfinite(largest).all() or (lost and term.power == 2):
+        raise ConstraintError(
+            "the values of an action are too large or too small for their squares to be float64: give them in another unit"
+        )
     step = grain(times * sum(np.abs(a).max() for a in raw))
     return [np.round(a / step) * step for a in raw], step * times * len(raw)
 
 
 def positions_of(
     zones: Sequence[Zone], values: np.ndarray, horizon: int
-) -> tuple[list[np.ndarray], np.ndarray, float]:
-    """Rounded moves (K,) of each dimension of zones, their rounded origins, and a margin that covers all rounding."""
+) -> tuple[list[np.ndarray], np.ndarray, np.ndarray, np.ndarray]:
+    """Zones as they are seen from where their robots are, so that each path is a sum of moves.
+
+    Returns:
+        Rounded moves (K,) of each dimension; start (S, n), 0 where a dimension is a change; lower and upper corner
+        (S, n), grown by a margin that covers all rounding.
+    """
     raw = [values[d] for d in zones[0].dims]
-    places = np.array([[zone.origin, zone.low, zone.high] for zone in zones])
-    largest = horizon * max(np.abs(a).max() for a in raw) + np.abs(places).max()
-    step = grain(largest)
-    return [np.round(a / step) * step for a in raw], np.round(places[:, 0] / step) * step, 1e-9 * largest
+    step = grain(horizon * max(np.abs(a).max() for a in raw))
+    origin, low, high = (np.array([getattr(zone, name) for zone in zones]) for name in ("origin", "low", "high"))
+    shift = np.where(zones[0].delta, origin, 0.0)
+    places = np.abs(np.stack([origin, low, high])).max(axis=(0, 2))
+    margin = (64 * np.spacing(places) + 2.0**12 * step)[:, None]
+    return [np.round(a / step) * step for a in raw], origin - shift, low - shift - margin, high - shift + margin

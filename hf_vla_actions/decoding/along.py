@@ -29,14 +29,19 @@ def report_on(
         actions: (rows, horizon, dof) what is carried out, real units.
         beams: (rows, horizon * dof) the row of the logits that each token was chosen from; None without beams.
     """
-    bound = taco.bind(taco.constraints, on_infeasible="nearest")
+    bound = _on_grid(taco)
     codes = taco.vocabulary.to_codes(token_ids)
     on_device = torch.as_tensor(codes, device=logits[0].device)
     table = np.tile(taco.vocabulary.table(taco.dof), (bound.horizon, 1))
-    columns = None
+    columns = keeps = None
     if any(term.hysteresis is not None for ways in bound.branches for term in ways[0].terms if isinstance(term, Hold)):
         columns = _columns(logits, table, beams)
-    allowed, bias, stray = masks_along(bound, on_device, columns)
+    allowed, bias, stray = masks_along(bound, on_device)
+    if columns is not None:
+        keeps = _kept_states(bound, on_device, columns)
+        if taco.mode in ("mask", "transport"):
+            kept = allowed & keeps
+            allowed = torch.where(kept.any(dim=-1, keepdim=True), kept, allowed)
     alone = masks_alone(taco.constraints, lambda lists: taco.bind(lists, on_infeasible="nearest"), on_device)
     moved = None
     if taco.mode in ("project", "mixture") and not bound.is_static:
@@ -62,20 +67,38 @@ def report_on(
         mode=taco.mode,
         moved=moved,
         free=stray,
+        drawable=keeps,
         actions=actions,
         beams=beams,
     )
 
 
+def _on_grid(taco: TACOLogitsProcessor) -> BoundConstraints:
+    """What acted while decoding, or would have; bound to the token grid."""
+    if taco.mode != "project":
+        return taco.decoding
+    return taco.bind(
+        [[] if f and f.actions is not None else k for k, f in zip(taco.bound.kept, taco.bound.fallbacks, strict=True)],
+        on_infeasible="nearest",
+    )
+
+
+def _kept_states(bound: BoundConstraints, codes: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """(rows, n, K) bool: codes that a gripper may take that changes only if the policy is sure."""
+    masks = CoupledMasks(bound, codes.device, certify=False)
+    kept = [masks.keep_state(codes[:, :n], columns[:, n], None) for n in range(codes.shape[1])]
+    every = torch.ones_like(columns[:, 0], dtype=torch.bool)
+    return torch.stack([every if one is None else one for one in kept], dim=1)
+
+
 def masks_along(
-    bound: BoundConstraints, codes: torch.Tensor, columns: torch.Tensor | None = None
+    bound: BoundConstraints, codes: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """What was allowed at each position of chunks, given the codes before it.
 
     Args:
         bound: constraints bound to the token grid.
         codes: (rows, n) codes of whole chunks.
-        columns: (rows, n, K) logits of the action tokens, for grippers that change only if the policy is sure.
 
     Returns:
         Allowed codes (rows, n, K) bool; nats of the soft constraints (rows, n, K), None if there are none; and (rows, n)
@@ -102,9 +125,6 @@ def masks_along(
             left = left & allowed[:, position]
             stray[:, position] = ~left.any(dim=1)
             allowed[:, position] = torch.where(stray[:, position, None], allowed[:, position], left)
-        if columns is not None:
-            kept = masks.keep_state(before, columns[:, position], allowed[:, position])
-            allowed[:, position] = allowed[:, position] if kept is None else kept
         pulls.append(masks.bias(before))
     if any(pull is not None for pull in pulls):
         blank = torch.zeros(allowed.shape[::2], dtype=torch.float64, device=codes.device)

@@ -30,6 +30,7 @@ def confidence(
     mode: str = "mask",
     moved=None,
     free=None,
+    drawable=None,
     actions=None,
     beams=None,
 ) -> ConfidenceReport:
@@ -52,6 +53,7 @@ def confidence(
         mode: "mask", "transport", "mixture" or "project".
         moved: (rows, n, K) real value that "project" and "mixture" make of each code; None: that of the nearest allowed
             code.
+        drawable: (rows, n, K) bool: codes that could be drawn where "project" and "mixture" decode freely; None for all.
         free: (rows, n) bool: where "mixture" decoded freely although enough seems allowed, because what came before had
             left the constraints; None for nowhere.
         actions: (rows, horizon, dof) what is carried out; None: the values of the codes.
@@ -90,7 +92,8 @@ def confidence(
     goal = None if moved is None else by_row(moved, torch.float64)
     chosen = torch.as_tensor(codes).to(device, torch.int64)[..., None]
     stray = torch.zeros_like(every, dtype=torch.bool) if free is None else torch.as_tensor(free).to(device, torch.bool)
-    log_draw, after, q = _after(columns.log_softmax(-1), mask, nats, grid, mode, goal, stray)
+    possible = None if drawable is None else by_row(drawable, torch.bool)
+    log_draw, after, q = _after(columns.log_softmax(-1), mask, nats, grid, mode, goal, stray, possible)
     mean, std = _moments(after, q)
     arrays |= {"mean_after": mean, "std_after": std, "entropy_after": _entropy(after, q)}
     arrays["shift"] = _wasserstein(grid, columns.softmax(-1), after, q)
@@ -160,6 +163,7 @@ def _after(
     mode: str,
     goal: torch.Tensor | None,
     stray: torch.Tensor,
+    possible: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(rows, n, K) each: log-probability with which a code is generated; what each code becomes, and its mass."""
     pulled = (log_p + nats).log_softmax(-1)
@@ -172,6 +176,8 @@ def _after(
     if mode in ("project", "mixture"):
         agrees = ((mass * mask).sum(-1) >= (AGREES if mode == "mixture" else torch.inf)) & ~stray
         log_q = torch.where(agrees[..., None], masked, pulled)
+        if possible is not None:
+            log_q = log_q.masked_fill(~possible, -torch.inf).log_softmax(-1)
         return log_q, moved if goal is None else goal, log_q.exp()
     received = torch.zeros_like(mass).scatter_add(-1, target, mass)
     # A token that receives nothing keeps its log-probability, which an exponential may not reach.

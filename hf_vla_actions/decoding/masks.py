@@ -144,7 +144,7 @@ def penalties(bound: BoundConstraints, device: torch.device | str = "cpu") -> Ca
 def _nats(alike: Sequence[Any], prefix: Prefix) -> torch.Tensor | None:
     if isinstance(alike[0], Pull):
         return pull_nats(alike, prefix)
-    excess = squared_excess([price.terms[0] for price in alike], prefix)
+    excess = squared_excess([price.term for price in alike], prefix)
     if excess is None:
         return None
     weights = torch.tensor([price.weight for price in alike], dtype=torch.float64, device=prefix.table.device)
@@ -164,7 +164,7 @@ def _alike(lists: Sequence[Sequence[Any]]) -> list[tuple[list[int], list[list[An
 
 
 def _kind(part: Any) -> tuple:
-    term = part.terms[0] if isinstance(part, Price) else part
+    term = part.term if isinstance(part, Price) else part
     dims = (term.dim,) if isinstance(term, (Pull, Hold)) else term.dims
     facts = [getattr(term, name, None) for name in ("weights", "power", "cumulative", "counted", "delta", "min_hold")]
     return (

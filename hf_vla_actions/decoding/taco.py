@@ -102,6 +102,7 @@ class TACOLogitsProcessor(LogitsProcessor):
 
     Attributes:
         bound: the checked constraints (`BoundConstraints`), with `project`, `excess`, `fallbacks` and `check_batch`.
+        decoding: what acts while decoding: `bound`, in "mixture" bound to the token grid.
         bind: binds other constraints to the same robot.
         constraints: for each sample, its constraints with the permanent limits; one list if all have the same.
 
@@ -153,7 +154,7 @@ class TACOLogitsProcessor(LogitsProcessor):
         everything = partial(self.bind, constraints, limits=tuple(action_config.limits))
         self.bound: BoundConstraints = everything(grid=on_grid, on_infeasible=on_infeasible)
         # Tokens are chosen on the grid even where the result is projected off it; there nothing has to be left.
-        self._loop = everything(on_infeasible="nearest") if mode == "mixture" else self.bound
+        self.decoding = everything(on_infeasible="nearest") if mode == "mixture" else self.bound
         self.speculative = bool(speculative)
         self.dof = values.shape[0]
         self.n_tokens = action_config.horizon * self.dof
@@ -165,11 +166,11 @@ class TACOLogitsProcessor(LogitsProcessor):
     @property
     def is_coupled(self) -> bool:
         """True if what is allowed depends on the tokens before; the ids are then read back at every step."""
-        return self._loop.has_pulls if self.mode == "project" else not self._loop.is_static
+        return self.decoding.has_pulls if self.mode == "project" else not self.decoding.is_static
 
     def _build(self) -> dict[str, np.ndarray | None]:
         """The tables as NumPy arrays, (S, n, K) each."""
-        bound, shape = self._loop, (self._loop.n_samples, self.n_tokens, self.vocabulary.n_codes)
+        bound, shape = self.decoding, (self.decoding.n_samples, self.n_tokens, self.vocabulary.n_codes)
         arrays: dict[str, np.ndarray | None] = {"receives": None, "target": None, "bias": None}
         free = self.mode == "project"
         allowed = np.ones(shape, dtype=bool) if free else bound.allowed.reshape(shape)
@@ -268,27 +269,31 @@ class TACOLogitsProcessor(LogitsProcessor):
             reached = int(position.max())
             if reached >= self.n_tokens:
                 return actions
+            ended = position < reached
             position = reached
-        codes = self._codes(tables, input_ids, position)
+            codes = self._codes(tables, input_ids, position, ended)
+        else:
+            codes = self._codes(tables, input_ids, position)
         masks = self._masks_on(actions.device)
         rows, dtype = len(actions), actions.dtype
         wide = actions.to(torch.promote_types(dtype, torch.float32))
         allowed = None if self.mode == "project" else masks.allowed(codes)
         if allowed is None and not self._open[position]:
             allowed = self._select(tables.allowed, position, rows).expand(rows, -1)
-        allowed = masks.keep_state(codes, wide, allowed)
+        policy = wide
         bias = masks.bias(codes)
         if bias is not None:
             bias = bias * self.temperature
             wide = wide + (bias - bias.amax(dim=1, keepdim=True)).clamp(min=-1e30).to(wide.dtype)
         if tables.bias is not None:
             wide = wide + self._select(tables.bias, position, rows)
+        if allowed is not None and self.mode == "mixture":
+            allowed = allowed | ~_agrees(wide, allowed)
+        if allowed is not None and self.speculative:
+            allowed = allowed | ~allowed.any(dim=1, keepdim=True)
+        allowed = masks.keep_state(codes, policy, allowed)
         if allowed is None:
             return wide.to(dtype)
-        if self.mode == "mixture":
-            allowed = allowed | ~_agrees(wide, allowed)
-        if self.speculative:
-            allowed = allowed | ~allowed.any(dim=1, keepdim=True)
         if self.mode == "transport":
             target = masks.nearest(allowed, position % self.dof)
             received = _sum_by_target(wide, target)
@@ -297,18 +302,18 @@ class TACOLogitsProcessor(LogitsProcessor):
             wide = torch.where(receives, received, wide)
         return torch.where(allowed, wide, -torch.inf).to(dtype)
 
-    def _codes(self, tables: _Tables, input_ids: torch.Tensor, position: int) -> torch.Tensor:
-        """(rows, position) codes of the chunk decided so far."""
+    def _codes(self, tables: _Tables, input_ids: torch.Tensor, position: int, ended=None) -> torch.Tensor:
+        """(rows, position) codes of the chunk decided so far; of rows that have `ended` (rows,) anything."""
         recent = input_ids[:, input_ids.shape[1] - position :].clamp(0, len(tables.is_action) - 1)
         codes = tables.codes[recent]
-        if self.speculative:
-            return codes.clamp(min=0)
-        _require((codes >= 0).all(), STRANGER)
+        if not self.speculative:
+            known = codes >= 0 if ended is None else (codes >= 0) | ended[:, None]
+            _require(known.all(), STRANGER)
         return codes.clamp(min=0)
 
     def _masks_on(self, device: torch.device) -> CoupledMasks:
         if device not in self._masks:
-            self._masks[device] = CoupledMasks(self._loop, device, certify=self.mode != "project")
+            self._masks[device] = CoupledMasks(self.decoding, device, certify=self.mode != "project")
         return self._masks[device]
 
     def _select(self, table: torch.Tensor, position: int | torch.Tensor, rows: int) -> torch.Tensor:

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from hf_vla_actions.constraints.bind import ON_INFEASIBLE
+from hf_vla_actions.constraints.projection import STYLES
 from hf_vla_actions.decoding import TACOLogitsProcessor
 from hf_vla_actions.errors import VLAActionsError
 from hf_vla_actions.models.families import ModelFamily
@@ -42,6 +44,19 @@ RESERVED = (
     "return_dict_in_generate",
     "output_logits",
 )
+
+
+def check_choices(*, mode: str, style: str, on_infeasible: str) -> None:
+    """Raise for what `policy` would only notice when the robot asks for its first action."""
+    for name, value, known in (
+        ("mode", mode, MODES),
+        ("style", style, (*STYLES, "retime")),
+        ("on_infeasible", on_infeasible, ON_INFEASIBLE),
+    ):
+        if value not in known:
+            raise VLAActionsError(f"{name} must be one of {list(known)}, got {value!r}")
+    if style == "retime" and mode != "project":
+        raise VLAActionsError(f"style 'retime' slows down what was decoded freely: mode is 'project', got {mode!r}")
 
 
 def neutral(options: Mapping[str, Any]) -> dict[str, Any]:

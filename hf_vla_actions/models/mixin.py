@@ -21,7 +21,15 @@ from hf_vla_actions.decoding import TACOLogitsProcessor
 from hf_vla_actions.decoding.along import report_on
 from hf_vla_actions.errors import VLAActionsError
 from hf_vla_actions.models.checks import SENTENCE, SENTENCES, check_reads_instruction, check_sees_image
-from hf_vla_actions.models.generation import MODES, RESERVED, beam_rows, check_generation, log_prob, neutral
+from hf_vla_actions.models.generation import (
+    MODES,
+    RESERVED,
+    beam_rows,
+    check_choices,
+    check_generation,
+    log_prob,
+    neutral,
+)
 from hf_vla_actions.models.output import ActionOutput, commanded
 from hf_vla_actions.models.prompts import PromptBuilder
 from hf_vla_actions.models.shim import remove_shim, shim_in_config, write_shim
@@ -191,6 +199,7 @@ class ActionPredictionMixin:
         """
         key = self.action_config.resolve(unnorm_key)
         space = self.action_config.space(key)
+        check_choices(mode=mode, style=style, on_infeasible=on_infeasible)
 
         def predict_chunk(obs: Mapping[str, Any]) -> np.ndarray | RetimedChunk:
             missing = [name for name in self._observed() if name not in obs]
@@ -198,11 +207,14 @@ class ActionPredictionMixin:
                 raise VLAActionsError(f"an observation needs {missing}; it has {sorted(obs)}")
             wanted = constraints(obs) if isinstance(constraints, Callable) else constraints  # type: ignore[arg-type]
             known: Any = context(obs) if isinstance(context, Callable) else context  # type: ignore
-            told = remembered(known, runner.executed, space)
+            if not runner.executed:
+                runner.first_context = known
+            told = remembered(known, runner.executed, space, runner.first_context)
             inputs = self.prepare(*(obs[name] for name in self._observed()))
             predict = partial(self.predict_action, **inputs, unnorm_key=key, **generate_options)
             if style == "retime":
-                free: Any = predict(context=told, on_infeasible="nearest", return_dict=True)
+                # Soft constraints act while decoding; the hard ones are for the longer chunk.
+                free: Any = predict(constraints=wanted, context=told, on_infeasible="nearest", return_dict=True)
                 return retime_within(
                     (free.actions - free.moved)[0],
                     wanted,

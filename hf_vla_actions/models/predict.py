@@ -45,7 +45,9 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--unnorm_key", help="which statistics; may be left out if the policy has one")
     options.add_argument("--constraints", help="in real units, such as 'Range(x, -0.005, 0.005); Fix(gripper, open)'")
     options.add_argument("--mode", choices=MODES, default="project", help="how they are kept (default: %(default)s)")
-    options.add_argument("--style", choices=STYLES, default="direction", help="of the projection (default: %(default)s)")
+    options.add_argument(
+        "--style", choices=STYLES, default="direction", help="of the projection (default: %(default)s)"
+    )
     options.add_argument(
         "--pose", type=float, nargs="+", help="where the first dimensions are now, for Workspace, KeepOut"
     )

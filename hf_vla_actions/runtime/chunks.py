@@ -39,6 +39,7 @@ class ChunkPolicy:
 
     Attributes:
         executed: actions returned since the last reset, the newest last (the last 1000 of them).
+        first_context: what was known when the first chunk of the episode was predicted.
     """
 
     def __init__(
@@ -46,12 +47,14 @@ class ChunkPolicy:
         predict_chunk: Callable[[Mapping[str, Any]], np.ndarray | RetimedChunk],
         execute_steps: int | None = None,
     ):
-        if execute_steps is not None and execute_steps < 1:
-            raise VLAActionsError(f"execute_steps must be at least 1, got {execute_steps}")
+        whole = isinstance(execute_steps, (int, np.integer)) and not isinstance(execute_steps, bool)
+        if execute_steps is not None and (not whole or execute_steps < 1):
+            raise VLAActionsError(f"execute_steps is a whole number of at least 1, got {execute_steps!r}")
         self._predict_chunk = predict_chunk
         self._execute_steps = execute_steps
         self._pending: deque[np.ndarray] = deque()
         self.executed: deque[np.ndarray] = deque(maxlen=REMEMBERED)
+        self.first_context: Context | None = None
 
     def __call__(self, obs: Mapping[str, Any]) -> np.ndarray:
         """Return the next action (dof,) in real units for an observation."""
@@ -61,35 +64,53 @@ class ChunkPolicy:
             if self._execute_steps is not None and self._execute_steps > horizon:
                 raise VLAActionsError(f"execute_steps={self._execute_steps} is more than the horizon {horizon}")
             self._pending.extend(first_steps(chunk, self._execute_steps))
-        self.executed.append(self._pending.popleft())
-        return self.executed[-1]
+        action = self._pending.popleft()
+        self.executed.append(np.array(action))  # a copy: the caller may change what it gets
+        return action
 
     def reset(self) -> None:
         """Forget what is left of the last chunk and what was done; call it at the start of every episode."""
         self._pending.clear()
         self.executed.clear()
+        self.first_context = None
 
 
-def remembered(context: Context | None, executed: Sequence[np.ndarray], space: ActionSpace) -> Context | None:
+def remembered(
+    context: Context | None, executed: Sequence[np.ndarray], space: ActionSpace, first: Context | None = None
+) -> Context | None:
     """A context with the last action, and for how long the gripper has kept its state, where nobody else gave them.
 
     Args:
         context: what the caller knows; what it says stands.
         executed: (dof,) actions carried out since the episode began, the last one at the end.
         space: meaning of the numbers.
+        first: what was known before the first of these actions.
     """
     if not executed:
         return context
-    held = None
-    if space.gripper is not None:
-        values = np.array(executed)[:, space.index(space.gripper.dim)]
-        is_open = np.abs(values - space.gripper.open) <= np.abs(values - space.gripper.closed)
-        held = int((is_open[::-1] == is_open[-1]).cumprod().sum())
-        # As long as it has never changed, nobody knows for how long it had been so before.
-        held = None if held == len(values) else held
+    held = _held_steps(executed, space, first)
     context = context or Context()
     return Context(
         pose=context.pose,
         last_action=executed[-1] if context.last_action is None else context.last_action,
         held_steps=held if context.held_steps is None else context.held_steps,
     )
+
+
+def _held_steps(executed: Sequence[np.ndarray], space: ActionSpace, first: Context | None) -> int | None:
+    """For how many steps the gripper has kept its state; None if nobody knows when it took it."""
+    gripper = space.gripper
+    if gripper is None:
+        return None
+    dim = space.index(gripper.dim)
+    values = np.array([action[dim] for action in executed])
+    known = None if first is None else first.known(space, 0)
+    before = None if known is None or known.last_action is None else known.last_action[dim]
+    values = values if before is None or np.isnan(before) else np.append(before, values)
+    is_open = np.abs(values - gripper.open) <= np.abs(values - gripper.closed)
+    held = int((is_open[::-1] == is_open[-1]).cumprod().sum())
+    if held < len(values):
+        return held
+    # It has not changed since: it had been so for `held_steps` before the first action, if anybody said so.
+    told = None if known is None or before is None else known.held_steps
+    return None if told is None else told + len(executed)
