@@ -190,6 +190,42 @@ def test_halves_of_characters_at_a_border_do_not_make_each_other_whole_raises():
     assert caught.value.sequence == 0
 
 
+@settings(deadline=None, max_examples=300)
+@given(
+    rows=st.lists(
+        st.lists(
+            st.sampled_from([0xC4, 0xC5, 0xA2, 0xA1, 0x80, 0xED, 0xEF, 0xBF, 0xBD, 0x41, 256, 257, 999]), max_size=9
+        ),
+        max_size=3,
+    )
+)
+def test_any_codes_at_all_are_read_as_python_reads_their_bytes_or_refused(rows):
+    tokenizer = byte_tokenizer(merges=[(b"\xc5", b"\xa2"), (b"\xa1", b"\xc5")])
+    wanted = []
+    for row in rows:
+        try:
+            raw = b"".join(tokenizer.tokens.of[i] for i in row)
+            coefficients = [ord(c) - 354 for c in raw.decode()]
+        except (UnicodeDecodeError, IndexError):
+            break
+        if len(coefficients) != 2 or max(map(abs, coefficients)) > 10:
+            break
+        wanted.append(coefficients)
+    if len(wanted) == len(rows):
+        values = tokenizer.decode(rows, 1, 2)
+        assert np.array_equal(np.rint(values * 10).reshape(-1, 2), np.reshape(wanted, (-1, 2)))
+        return
+    with pytest.raises(FASTDecodeError) as caught:
+        tokenizer.decode(rows, 1, 2)
+    assert caught.value.sequence == len(wanted)
+    try:
+        chunks, repairs = tokenizer.repair(rows, 1, 2)
+    except FASTDecodeError:
+        return
+    assert np.abs(chunks).max() <= 1 + 1e-9
+    assert repairs[len(wanted)] is not None
+
+
 def test_repair_keeps_what_is_there_and_says_what_it_did(caplog):
     tokenizer = byte_tokenizer()
     good = spelled(5, -3, 2, 1)

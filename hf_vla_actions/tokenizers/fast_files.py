@@ -43,7 +43,7 @@ def read(path: str | os.PathLike, **hub_arguments) -> dict[str, Any]:
 def write(folder: str | os.PathLike, values: dict[str, Any]) -> Path:
     """Write `fast_tokenizer.json` and return its path."""
     path = Path(folder) / FILE_NAME
-    _replace(path, json.dumps({"format_version": FORMAT_VERSION, **values}, indent=1))
+    _replace(path, json.dumps({"format_version": FORMAT_VERSION, **values}, indent=1, ensure_ascii=False))
     return path
 
 
