@@ -355,7 +355,7 @@ made = st.one_of(
     st.builds(Any, hards, hards, st.lists(hards, min_size=2, max_size=2)),
     st.builds(lambda a, b: a & b, simple(), simple()),
     hards.filter(lambda c: not isinstance(c, Target)).map(lambda c: c.soft(2.0)),
-    st.builds(lambda a, b, c: Any(a, b) & c.soft(0.5), hards, hards, sticky),
+    st.builds(lambda a, b, c: Any(a, b) & c.soft(0.5), hards, hards, sticky.filter(lambda c: c.hysteresis is None)),
 )
 
 

@@ -83,3 +83,11 @@ def _stopping(last, limit, grid):
         last = max(last - limit, 0.0) if grid is None else min(v for v in grid if v > -1e-12 and last - v <= limit)
         total += max(last, 0.0)
     return total
+
+
+@pytest.mark.parametrize("grid", [True, False])
+def test_one_step_in_a_box_is_not_drawn_to_its_middle(grid):
+    values = np.tile(np.linspace(-0.03, 0.03, 64), (SPACE.dof, 1))
+    values[6] = np.repeat([0.0, 1.0], 32)
+    limits = [Speed(XYZ, 0.01), Workspace(XYZ, [-0.14, -0.14, 0.04], [0.14, 0.14, 0.2])]
+    bind(limits, SPACE, values, 1, context=Context(pose=[0.0, 0.0, 0.1]), grid=grid)  # 2 cm from the middle: no matter

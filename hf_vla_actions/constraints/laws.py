@@ -256,12 +256,11 @@ def find_aims(terms: Sequence[Term], half_bin: np.ndarray) -> dict[int, Aim]:
             dim, last = term.dims[0], int(bounded[0])
             low, high = np.sort(bounds[:, last] / term.weights[0])
             room = max(1.01 * float(half_bin[dim]), 1e-9 * max(1.0, *np.abs([low, high])[np.isfinite([low, high])]))
-            if np.isfinite(low) and np.isfinite(high):
-                target = float(low + high) / 2
-            elif low > 0 or high < 0:
-                target = float(low + room if low > 0 else high - room)
-            else:
+            drift = len(bounds[0]) * float(half_bin[dim])
+            if low <= -drift and high >= drift:
                 continue  # standing still is enough
+            # As near to standing still as leaves room for the last step.
+            target = float(np.clip(0.0, low + room, high - room)) if high - low > 2 * room else float(low + high) / 2
             counted = np.ones(len(bounds[0]), dtype=bool) if term.counted is None else term.counted
             aims[dim] = Aim(counted & (np.arange(len(counted)) <= last), target)
     return aims
