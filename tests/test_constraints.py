@@ -292,7 +292,7 @@ def test_lists_per_sample():
     chunk = np.tile(VALUES[:, 3], (6, 1, 1))  # two sequences of each sample
     assert (bound.project(chunk)[:, 0, 0] != VALUES[0, 3]).tolist() == [True, True, False, False, False, False]
     bound.check_batch(3)
-    with pytest.raises(ConstraintError, match="3 samples .* a batch of 2"):
+    with pytest.raises(ConstraintError, match=r"3 samples .* a batch of 2"):
         bound.check_batch(2)
     with pytest.raises(ConstraintError, match="do not belong"):
         bound.project(chunk[:4])
@@ -423,5 +423,5 @@ def test_projecting_a_continuous_chunk_adds_the_limits():
     assert moved.dtype == np.float64
     assert (moved[..., 0] == 0.5).all()
     assert moved[:, 0, 1].tolist() == [0.2, float(np.float32(0.7))]
-    with pytest.raises(ConstraintError, match="2 samples .* a batch of 4"):
+    with pytest.raises(ConstraintError, match=r"2 samples .* a batch of 4"):
         project(np.zeros((4, 3, 5)), [[], []], SPACE)

@@ -22,6 +22,7 @@ from hf_vla_actions.constraints import (
     Any,
     Fix,
     KeepOut,
+    Linear,
     MoveBy,
     Range,
     Rate,
@@ -476,7 +477,7 @@ def test_retiming_keeps_soft_constraints_and_refuses_other_modes(policy):
     n = 1 + len(runner._pending)
     assert part[0] * n == pytest.approx(0.02, abs=5e-4)
     for options in ({"mode": "mask"}, {"mode": "clip"}, {"style": "slow"}, {"on_infeasible": "hodl"}):
-        with pytest.raises(VLAActionsError, match="mode|style|on_infeasible"):
+        with pytest.raises(VLAActionsError, match=r"mode|style|on_infeasible"):
             policy.policy(**{"style": "retime", **options})
     with pytest.raises(VLAActionsError, match="whole number"):
         policy.policy(execute_steps=1.5)
@@ -550,3 +551,43 @@ def test_numbers_whose_squares_are_lost_are_refused(scale):
 def test_bad_input_of_binding_is_named(call, message):
     with pytest.raises(ConstraintError, match=message):
         call(np.tile(np.linspace(-1, 1, 16), (7, 1)))
+
+
+@pytest.mark.parametrize("grid", [True, False])
+@pytest.mark.parametrize(
+    "constraint",
+    [
+        Linear(["x", "y"], [1.0, 1.0], low=0.0),
+        Linear(["x", "y"], [1.0, -1.0], high=0.0),
+        Linear("x", [2.0], low=0.0),
+        Workspace("x", -0.1, 0.1, on_outside="return"),
+        Workspace("x", 0.09, 0.1, steps=[2, 3], on_outside="return"),
+    ],
+)
+def test_what_touches_standing_still_can_start(constraint, grid):
+    values = np.tile(np.linspace(-0.03, 0.03, 64), (7, 1))
+    values[6] = np.repeat([0.0, 1.0], 32)
+    context = Context(pose={"x": 0.105})
+    bound = bind([constraint], SPACE, values, 4, context=context, grid=grid)
+    if not grid:
+        chunks = np.random.default_rng(0).normal(0, 0.02, (30, 4, 7))
+        assert bound.excess(bound.project(chunks)).max() == 0
+
+
+def test_reports_on_numbers_for_each_sample(policy, inputs):
+    out = policy.predict_action(**inputs, constraints=[Speed(XYZ, [0.005, 0.02])], return_dict=True, mode="mask")
+    assert np.isfinite(out.confidence.log_weight).all()
+    batch = Context(pose=[[0.4, 0.0, 0.1], [0.39, 0.0, 0.1]], last_action=np.tile([0.0] * 6 + [1], (2, 1)))
+    out = policy.predict_action(**inputs, constraints=LIMITS, context=batch, return_dict=True)
+    assert len(out.confidence.blame) == len(LIMITS)
+
+
+def test_two_holds_of_one_gripper_are_the_stricter_of_both():
+    values = np.tile(np.linspace(-0.03, 0.03, 64), (7, 1))
+    values[6] = np.repeat([0.0, 1.0], 32)
+    holds = [Sticky("gripper", min_hold=3), Sticky("gripper", max_switches=1)]
+    bound = bind(holds, SPACE, values, 6, context=Context(last_action=[0.0] * 6 + [1.0]))
+    (hold,) = bound.branches[0][0].terms
+    assert (hold.min_hold, hold.max_switches) == (3, 1)
+    with pytest.raises(ConstraintError, match="a rate limit"):
+        bind([*holds, Rate("gripper", 0.5)], SPACE, values, 6, context=Context(last_action=[0.0] * 6 + [1.0]))

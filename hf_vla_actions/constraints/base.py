@@ -284,7 +284,7 @@ def read_dim(dim) -> str | int:
     """Name or index of a dimension in plain form; anything else raises."""
     if not isinstance(dim, (str, *WHOLE)) or isinstance(dim, bool):
         raise ConstraintError(f"dim is the name or index of a dimension, got {dim!r}")
-    return dim if isinstance(dim, str) else int(dim)
+    return str(dim) if isinstance(dim, str) else int(dim)
 
 
 def plain(value):

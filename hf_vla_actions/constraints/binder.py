@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from typing import Any as AnyType
@@ -20,10 +21,11 @@ from hf_vla_actions.constraints.laws import Laws, Moves, find_backups, find_limi
 from hf_vla_actions.constraints.plans import find_plan
 from hf_vla_actions.constraints.reach import Reach
 from hf_vla_actions.constraints.tables import LawTables
-from hf_vla_actions.constraints.terms import Change, Hold, Known, Pull, Term, WeightedSum
+from hf_vla_actions.constraints.terms import Change, Hold, Known, Predicate, Pull, Term, WeightedSum, Zone
 from hf_vla_actions.errors import ConstraintError, InfeasibleConstraintError
 
 ROBOTS, REMEMBERED = 8, 256  # what is kept from one call to the next: binders, and things worked out by each
+IN_WORDS = {Change: "a rate limit", WeightedSum: "a sum or a speed", Zone: "a zone", Predicate: "Where"}
 MOST_WAYS = 64  # combinations of alternatives
 Sourced = tuple[Constraint, Constraint | Term | Pull]  # the user's constraint, and one part of what it comes down to
 T = TypeVar("T")
@@ -112,6 +114,7 @@ class Binder:
                 raise self.reaches[dim].explain(sample, step, named)
             sets[step, dim] = members
         terms: AnyType = [(source, part) for source, part in parts if not isinstance(part, Constraint)]
+        terms = _merged_holds(terms)
         _check_holds([part for _, part in terms])
         return self.build(sets, terms, known)
 
@@ -168,12 +171,37 @@ def is_soft(part) -> bool:
     return isinstance(part, Pull) or (isinstance(part, Constraint) and not part.is_hard)
 
 
+def _merged_holds(terms: Sequence[Sourced]) -> list[Sourced]:
+    """Several holds of one gripper as one: the strictest of each kind."""
+    merged: dict[int, Sourced] = {}
+    others = []
+    for source, term in terms:
+        if not isinstance(term, Hold):
+            others.append((source, term))
+        elif term.dim not in merged:
+            merged[term.dim] = source, term
+        else:
+            first: AnyType = merged[term.dim][1]
+            switches = [n for n in (first.max_switches, term.max_switches) if n is not None]
+            sure = [p for p in (first.hysteresis, term.hysteresis) if p is not None]
+            merged[term.dim] = (
+                merged[term.dim][0],
+                replace(
+                    first,
+                    min_hold=max(first.min_hold, term.min_hold),
+                    max_switches=min(switches, default=None),
+                    hysteresis=max(sure, default=None),
+                ),
+            )
+    return [*others, *merged.values()]
+
+
 def _check_holds(terms: Sequence[Term]) -> None:
     """A gripper that holds has an automaton of its own, which knows nothing of other coupled constraints."""
     for hold in (term for term in terms if isinstance(term, Hold)):
         other = [term for term in terms if term is not hold and hold.dim in term.dims]
         if other:
-            what = "rate limit" if isinstance(other[0], Change) else type(other[0]).__name__
+            what = IN_WORDS[type(other[0])]
             raise ConstraintError(
                 f"Sticky cannot be combined with another coupled constraint of the same dimension ({what}); put both into "
                 "one Where, or leave one out"

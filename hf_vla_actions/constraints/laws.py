@@ -251,9 +251,10 @@ def find_aims(terms: Sequence[Term], half_bin: np.ndarray) -> dict[int, Aim]:
         if isinstance(term, WeightedSum) and term.cumulative and len(term.dims) == 1 and term.power == 1:
             bounds = np.stack(term.bounds)
             bounded = np.flatnonzero(np.isfinite(bounds).any(axis=0))
-            if len(bounded) != 1:
+            away = np.flatnonzero((bounds[0] > 0) | (bounds[1] < 0))  # where standing still does not do
+            if not len(away) and len(bounded) != 1:
                 continue
-            dim, last = term.dims[0], int(bounded[0])
+            dim, last = term.dims[0], int(away[0] if len(away) else bounded[0])
             low, high = np.sort(bounds[:, last] / term.weights[0])
             room = max(1.01 * float(half_bin[dim]), 1e-9 * max(1.0, *np.abs([low, high])[np.isfinite([low, high])]))
             drift = len(bounds[0]) * float(half_bin[dim])

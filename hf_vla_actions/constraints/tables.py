@@ -156,6 +156,8 @@ class Amounts:
 
 def grain(largest: float) -> float:
     """A power of two of which numbers up to `largest` are exact multiples after rounding, their sums included."""
+    if largest == 0:
+        return 1.0  # nothing moves
     return float(2.0 ** (np.ceil(np.log2(max(largest, 1e-300))) - FINE))
 
 

@@ -102,8 +102,6 @@ class WeightedSum:
         finite = np.concatenate([[self.origin], low[np.isfinite(low)], high[np.isfinite(high)]])
         margin = 64 * np.spacing(np.abs(finite).max())
         inner = low - self.origin + margin, high - self.origin - margin
-        if not self.cumulative:
-            return inner
         at_low, at_high = self.origin >= low, self.origin <= high
         return np.where(at_low, np.minimum(inner[0], 0.0), inner[0]), np.where(
             at_high, np.maximum(inner[1], 0.0), inner[1]

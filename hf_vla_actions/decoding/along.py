@@ -42,7 +42,11 @@ def report_on(
         if taco.mode in ("mask", "transport"):
             kept = allowed & keeps
             allowed = torch.where(kept.any(dim=-1, keepdim=True), kept, allowed)
-    alone = masks_alone(taco.constraints, lambda lists: taco.bind(lists, on_infeasible="nearest"), on_device)
+    alone = masks_alone(
+        taco.constraints,
+        lambda lists: taco.bind(lists if len(lists) > 1 else lists[0], on_infeasible="nearest"),
+        on_device,
+    )
     moved = None
     if taco.mode in ("project", "mixture") and not bound.is_static:
         moved = np.full(

@@ -42,7 +42,13 @@ def parser() -> argparse.ArgumentParser:
     add("--n_codebooks", type=int, default=4, help="codes of one chunk (default: %(default)s)")
     add("--codebook_size", type=int, default=256, help="entries of each codebook (default: %(default)s)")
     add("--code_dim", type=int, default=32, help="length of the quantized vector (default: %(default)s)")
-    add("--hidden", type=int, nargs="*", default=[256, 128], help="widths of the encoder (default: 256 128; none: linear)")
+    add(
+        "--hidden",
+        type=int,
+        nargs="*",
+        default=[256, 128],
+        help="widths of the encoder (default: 256 128; none: linear)",
+    )
     add("--steps", type=int, default=3000, help="batches to train on (default: %(default)s)")
     add("--batch_size", type=int, default=256, help="chunks of a batch (default: %(default)s)")
     add("--lr", type=float, default=1e-3, help="learning rate at the start (default: %(default)s)")
