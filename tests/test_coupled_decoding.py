@@ -591,3 +591,21 @@ def test_two_holds_of_one_gripper_are_the_stricter_of_both():
     assert (hold.min_hold, hold.max_switches) == (3, 1)
     with pytest.raises(ConstraintError, match="a rate limit"):
         bind([*holds, Rate("gripper", 0.5)], SPACE, values, 6, context=Context(last_action=[0.0] * 6 + [1.0]))
+
+
+def test_beam_sampling_with_hardly_anything_allowed(policy, inputs):
+    constraints = [Fix("x", 0.0), Speed(["y", "z"], 0.002), Fix("gripper", "open")]
+    for seed in range(3):
+        torch.manual_seed(seed)
+        actions = policy.predict_action(**inputs, constraints=constraints, mode="mask", num_beams=2, do_sample=True)
+        assert (np.hypot(actions[..., 1], actions[..., 2]) <= 0.002).all()
+
+
+def test_binding_remembers_little_however_often_numbers_change():
+    from hf_vla_actions.constraints.binder import RECENT_MOVES, binder_of
+
+    values = np.tile(np.linspace(-0.03, 0.03, 16), (7, 1))
+    for k in range(3 * RECENT_MOVES):
+        bind([Speed(XYZ, 0.02), Range("x", -0.02 + k * 1e-6, 0.02)], SPACE, values, 4)
+    binder = binder_of(SPACE, values, 4, True)
+    assert len(binder.recent) == RECENT_MOVES

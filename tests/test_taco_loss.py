@@ -318,3 +318,12 @@ def test_command_takes_the_options(tmp_path):
     ]
     units = ["--action_units", *["m", "m", "m", "rad", "rad", "rad", "none"], "--action_kind", "delta"]
     assert main([*command, *units, "--taco_loss_weight", "1e4", "--taco_constraints", TIGHT]) == 0
+
+
+def test_a_used_loss_goes_to_another_process(config):
+    import pickle
+
+    loss = TACOLoss([Speed(["x", "y"], 0.01), Rate("x", 0.01, from_last=False)], config)
+    codes = torch.zeros((2, config.n_tokens()), dtype=torch.int64)
+    wanted = loss.penalties(codes)
+    assert torch.equal(pickle.loads(pickle.dumps(loss)).penalties(codes), wanted)

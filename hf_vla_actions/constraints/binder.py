@@ -24,7 +24,11 @@ from hf_vla_actions.constraints.tables import LawTables
 from hf_vla_actions.constraints.terms import Change, Hold, Known, Predicate, Pull, Term, WeightedSum, Zone
 from hf_vla_actions.errors import ConstraintError, InfeasibleConstraintError
 
-ROBOTS, REMEMBERED = 8, 256  # what is kept from one call to the next: binders, and things worked out by each
+ROBOTS, REMEMBERED, RECENT_MOVES = (
+    8,
+    256,
+    8,
+)  # kept from one call to the next: binders, small things of each, large ones
 IN_WORDS = {Change: "a rate limit", WeightedSum: "a sum or a speed", Zone: "a zone", Predicate: "Where"}
 MOST_WAYS = 64  # combinations of alternatives
 Sourced = tuple[Constraint, Constraint | Term | Pull]  # the user's constraint, and one part of what it comes down to
@@ -61,6 +65,7 @@ class Binder:
         still = [d == gripper or space.delta[d] is False for d in range(space.dof)]
         self.rest = np.where(still, np.nan, 0.0)
         self.memory: dict = {}
+        self.recent: dict[tuple, tuple[Moves, LawTables | None]] = {}  # large, so only a few of them
 
     def once(self, key, make: Callable[[], T]) -> T:
         """What `make` returned the first time for this key."""
@@ -131,15 +136,19 @@ class Binder:
             lambda: find_plan(only, sets, self.members, self.rest, self.horizon, self.half_bin),
         )
         key = ("moves", *shared, *[e.tobytes() for e in extra])
-        moves = self.once(key, lambda: Moves(self.members, sets, limits, self.rest, extra))
+        if key not in self.recent:
+            made = Moves(self.members, sets, limits, self.rest, extra)
+            on_grid = self.grid and made.empty is None
+            self.recent[key] = made, LawTables(made, self.values) if on_grid else None  # type: ignore[arg-type]
+        self.recent[key] = self.recent.pop(key)  # the newest last
+        while len(self.recent) > RECENT_MOVES:
+            self.recent.pop(next(iter(self.recent)))
+        moves, tables = self.recent[key]
         start = np.full(self.space.dof, np.nan) if known.last_action is None else known.last_action
         if known.pose is not None:
             absolute = np.array([delta is False for delta in self.space.delta])
             start = np.where(np.isnan(start) & absolute, known.pose, start)
         laws = Laws(moves, only, start, self.half_bin)
-        tables = None
-        if self.grid and moves.empty is None:
-            tables = self.once(("tables", id(moves)), lambda: LawTables(moves, self.values))  # type: ignore[arg-type]
         return Branch(sets, only, [str(source) for source, _ in terms], laws, tables)
 
     def certified(self, branches: Sequence[Sequence[Branch]]) -> list[list[bool]]:

@@ -63,7 +63,7 @@ class Component:
     def paths(self, e: int) -> torch.Tensor:
         """(J, U, T, K, T) codes of dimension e along the laws."""
         if e not in self._paths:
-            self._paths[e] = self._stack([table.paths(e) for table in self.tables])
+            self._paths[e] = self._stack([table.paths(e) for table in self.tables]).long()
         return self._paths[e]
 
     def laws(self, escapes: int) -> torch.Tensor:

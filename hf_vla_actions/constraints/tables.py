@@ -101,7 +101,7 @@ class LawTables:
 
     def _paths(self, dim: int) -> np.ndarray:
         following, n = self.following(dim), self.values.shape[1]
-        out = np.empty((self.n_laws, self.horizon, n, self.horizon), dtype=np.int64)
+        out = np.empty((self.n_laws, self.horizon, n, self.horizon), dtype=np.int16 if n < 2**15 else np.int64)
         out[...] = np.arange(n)[:, None]
         for s in range(1, self.horizon):
             for law in range(self.n_laws):

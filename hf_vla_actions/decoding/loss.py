@@ -112,6 +112,10 @@ class TACOLoss:
         """True if penalties do not depend on the demonstration."""
         return len(self._ways) == 1 and not self._ways[0].branches[0][0].terms
 
+    def __getstate__(self) -> dict:
+        # What was worked out for a device is worked out again where it arrives.
+        return {**self.__dict__, "_costs": {}, "_tables": {}}
+
     def __call__(
         self,
         logits: torch.Tensor,

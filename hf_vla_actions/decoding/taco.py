@@ -36,8 +36,8 @@ HISTORY = (
 )
 
 STRANGER = (
-    "an id among the actions decided so far is no action token: prompt_length does not fit, or another logits processor "
-    "forced it"
+    "an id among the actions decided so far is no action token: prompt_length does not fit, another logits processor "
+    "forced it, or beams were sampled (pass speculative=True)"
 )
 
 
@@ -97,7 +97,8 @@ class TACOLogitsProcessor(LogitsProcessor):
         temperature: the temperature that `generate` will sample with. It is applied after this processor and would
             widen the sigma of a soft target by its square root; pulls are multiplied by it here, so sigma holds. In
             "transport" the probabilities that move are those before temperature.
-        speculative: tokens that were guessed and will be thrown away may come before the one to score (prompt lookup):
+        speculative: tokens that were guessed and will be thrown away may come before the one to score (prompt lookup,
+            sampled beams):
             after ones that no constraint would have let through, anything is allowed instead of an error.
 
     Attributes:

@@ -101,6 +101,15 @@ def check_generation(
         )
 
 
+def guesses(options: Mapping[str, Any]) -> bool:
+    """Whether tokens that no constraint would let through are scored on the way and thrown away later.
+
+    Prompt lookup guesses them; beam sampling draws without replacement, so that some of its beams have no probability.
+    """
+    beams = (options.get("num_beams") or 1) > 1
+    return bool(options.get("prompt_lookup_num_tokens")) or bool(beams and options.get("do_sample"))
+
+
 def beam_rows(out, n_tokens: int) -> torch.Tensor | None:
     """(rows, n_tokens) the row of the logits that each token was chosen from; None without beams."""
     beams = out.get("beam_indices")

@@ -27,6 +27,7 @@ from hf_vla_actions.models.generation import (
     beam_rows,
     check_choices,
     check_generation,
+    guesses,
     log_prob,
     neutral,
 )
@@ -130,7 +131,7 @@ class ActionPredictionMixin:
             mode=mode,
             on_infeasible=on_infeasible,
             temperature=(kwargs.get("temperature") or 1.0) if kwargs.get("do_sample") else 1.0,
-            speculative=bool(kwargs.get("prompt_lookup_num_tokens")),
+            speculative=guesses(kwargs),
         )
         taco.bound.check_batch(len(input_ids))
         if style not in STYLES:
