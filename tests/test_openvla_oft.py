@@ -13,7 +13,7 @@ from hf_vla_actions import (
     OpenVLAConfig,
     OpenVLAForActionPrediction,
 )
-from hf_vla_actions.constraints import Fix, Range, Target
+from hf_vla_actions.constraints import Context, Fix, Linear, Range, Rate, Target
 from hf_vla_actions.errors import CheckpointError, ConstraintError, SelfTestError, UnnormKeyError, VLAActionsError
 from hf_vla_actions.models.openvla.heads import DDIM
 from hf_vla_actions.models.openvla.oft_config import PRESETS, OFTOptions
@@ -582,3 +582,35 @@ def test_heads_are_those_of_the_format():
         noise = DiffusionHead(6, 3)
         noise.noise_predictor.mlp_resnet.load_state_dict(net.state_dict())
         torch.testing.assert_close(noise(slots), expected)
+
+
+@pytest.mark.parametrize(
+    ("head", "how"), [("l1", "project"), ("discrete", "project"), ("discrete", "mask"), ("discrete", "mixture")]
+)
+def test_coupled_constraints_hold_for_every_head(models, head, how):
+    inputs, last = oft_batch(), np.full(7, 0.02)
+    out = models(head).predict_action(
+        **inputs,
+        unnorm_key="arm_7",
+        constraints=[Rate(0, 0.02), Linear([1, 2], [1.0, 1.0], high=0.25)],
+        context=Context(last_action=last),
+        mode=how,
+        return_dict=True,
+    )
+    x = out.actions
+    assert (np.abs(np.diff(x[..., 0], axis=1, prepend=0.02)) <= 0.02).all()
+    assert (x[..., 1] + x[..., 2] <= 0.25 + 1e-12).all()
+    if head == "discrete":
+        assert out.confidence.value.shape == x.shape
+    with pytest.raises(ConstraintError, match="Context"):
+        models(head).predict_action(**inputs, unnorm_key="arm_7", constraints=[Rate(0, 0.02)], mode=how)
+
+
+def test_an_infeasible_sample_holds_where_its_space_is_known(models):
+    model = models("l1")
+    with pytest.raises(ConstraintError, match="change or a target"):
+        model.predict_action(
+            **oft_batch(), unnorm_key="arm_7", constraints=[Range(0, 5, 6), Range(0, 7, 8)], on_infeasible="hold"
+        )
+    with pytest.raises(VLAActionsError, match="style"):
+        model.predict_action(**oft_batch(), unnorm_key="arm_7", style="retime")

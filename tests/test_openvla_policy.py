@@ -23,7 +23,7 @@ from hf_vla_actions import (
     to_vla,
 )
 from hf_vla_actions.cli import main
-from hf_vla_actions.constraints import Fix, Range
+from hf_vla_actions.constraints import Context, Fix, Linear, Range, Rate
 from hf_vla_actions.errors import ActionTokenError, CheckpointError, SelfTestError, UnnormKeyError, VLAActionsError
 from hf_vla_actions.models import load_model
 from hf_vla_actions.models.openvla import openvla_policy, read_statistics
@@ -360,3 +360,20 @@ def test_shim_is_refused_because_transformers_alone_does_not_know_the_type(golde
     vla = AutoModelForActionPrediction.from_pretrained(golden_folder, self_test=False)
     with pytest.raises(VLAActionsError, match="import hf_vla_actions"):
         vla.save_pretrained(tmp_path / "b", remote_code_shim=True)
+
+
+@pytest.mark.parametrize("mode", ["project", "mixture", "transport", "mask"])
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"do_sample": True, "temperature": 1.5}])
+def test_coupled_constraints_count_from_behind_the_placeholders_of_the_picture(model, mode, options):
+    torch.manual_seed(0)
+    last = np.linspace(0.01, 0.07, 7)
+    actions = model.predict_action(
+        **batch(),
+        unnorm_key="arm_7",
+        constraints=[Rate(dim, 0.03) for dim in range(3)] + [Linear([0, 1, 2], [1.0, 1.0, 1.0], high=0.2)],
+        context=Context(last_action=last),
+        mode=mode,
+        **options,
+    )
+    assert (np.abs(actions[:, :3] - last[:3]) <= 0.03).all()
+    assert (actions[:, :3].sum(axis=1) <= 0.2 + 1e-12).all()
