@@ -30,7 +30,8 @@ def explain_start(
         known: where the robot is.
     """
     try:
-        branch = binder.branch(sample, binder.ways(guilty, known)[0], known)
+        ways = binder.ways(guilty, known)
+        branch = binder.branch(sample, ways[0], known)
     except InfeasibleConstraintError as error:
         return error
     step, dim, term = _where(branch)
@@ -61,6 +62,7 @@ def explain_start(
         advice = "It starts inside: move out first, or make the zone or its margin smaller" if inside else advice
         proven = bool(inside and term.steps[0])
     proven = proven or branch.laws.moves.empty is not None  # going backward through sets and rates misses nothing
+    proven = proven and len(ways) == 1  # of alternatives only the first is looked at here
     return InfeasibleConstraintError(
         sample=sample,
         step=step,
