@@ -6,7 +6,7 @@ import torch
 from tiny import SPACE
 
 from hf_vla_actions import Context
-from hf_vla_actions.constraints import Any, Forbid, Linear, Range, Rate, Speed, Workspace, bind
+from hf_vla_actions.constraints import Any, Forbid, Linear, MoveBy, Range, Rate, Speed, Workspace, bind
 from hf_vla_actions.constraints.rooms import Rooms
 
 XYZ = ["x", "y", "z"]
@@ -91,3 +91,66 @@ def test_one_step_in_a_box_is_not_drawn_to_its_middle(grid):
     values[6] = np.repeat([0.0, 1.0], 32)
     limits = [Speed(XYZ, 0.01), Workspace(XYZ, [-0.14, -0.14, 0.04], [0.14, 0.14, 0.2])]
     bind(limits, SPACE, values, 1, context=Context(pose=[0.0, 0.0, 0.1]), grid=grid)  # 2 cm from the middle: no matter
+
+
+def test_a_bound_that_only_standing_still_meets():
+    values = np.tile(np.linspace(-0.03, 0.03, 65), (SPACE.dof, 1))  # one token means 0
+    values[6] = np.repeat([0.0, 1.0], [32, 33])
+    bound = bind([Speed(XYZ, 0.0)], SPACE, values, 3)
+    codes = torch.zeros((2, 0), dtype=torch.int64)
+    for position in range(3 * SPACE.dof):
+        allowed = bound.certificate().allowed(codes, position)
+        if position % SPACE.dof < 3:
+            assert allowed.sum(dim=1).tolist() == [1, 1]
+            assert values[0, int(allowed[0].nonzero())] == 0
+        codes = torch.cat([codes, allowed.long().argmax(dim=1, keepdim=True)], dim=1)
+
+
+@pytest.mark.parametrize("name", ["everything", "planes"])
+def test_codes_in_any_order(name):
+    """A grid whose codes do not rise with their values: a code is allowed exactly where its value is in a sorted grid."""
+    rng = np.random.default_rng(5)
+    values = np.tile(np.linspace(-0.02, 0.025, 24), (SPACE.dof, 1))
+    values[6] = np.repeat([0.0, 1.0], 12)
+    order = np.stack([rng.permutation(24) for _ in range(SPACE.dof)])
+    order[6] = np.arange(24)
+    context = Context(pose=[0.3, 0.0, 0.1], last_action=[0.0] * 6 + [1.0])
+    plain, shuffled = (
+        bind(SPECS[name], SPACE, v, 4, context=context).certificate()
+        for v in (values, np.take_along_axis(values, order, axis=1))
+    )
+    place = np.argsort(order, axis=1)  # where each value went
+    codes = torch.zeros((8, 0), dtype=torch.int64)
+    moved = codes.clone()
+    for position in range(4 * SPACE.dof):
+        d = position % SPACE.dof
+        allowed = plain.allowed(codes, position)
+        assert torch.equal(shuffled.allowed(moved, position), allowed[:, order[d]])
+        picked = torch.multinomial(allowed.double(), 1, generator=torch.Generator().manual_seed(position))
+        codes = torch.cat([codes, picked], dim=1)
+        moved = torch.cat([moved, torch.as_tensor(place[d])[picked]], dim=1)
+
+
+def test_two_sums_with_different_totals_for_each_sample_share_nothing():
+    """Samples that go for different totals, and ones that need not go anywhere, in one batch."""
+    values = np.tile(np.linspace(-0.03, 0.03, 64), (SPACE.dof, 1))
+    values[6] = np.repeat([0.0, 1.0], 32)
+    each = [
+        [MoveBy("x", 0.05), Rate("x", 0.02, from_last=False)],
+        [MoveBy("x", -0.04)],
+        [Speed(XYZ, 0.02)],
+        [MoveBy("x", 0.03, steps=[0, 1])],
+    ]
+    bound = bind(each, SPACE, values, 4)
+    certificate = bound.certificate()
+    codes = torch.zeros((8, 0), dtype=torch.int64)
+    for position in range(4 * SPACE.dof):
+        allowed = certificate.allowed(codes, position)
+        picked = torch.multinomial(allowed.double(), 1, generator=torch.Generator().manual_seed(position))
+        codes = torch.cat([codes, picked], dim=1)
+    x = values[0][codes.numpy().reshape(4, 2, 4, SPACE.dof)[..., 0]]
+    half = 0.06 / 63 / 2 * (1 + 1e-8)
+    assert (np.abs(x[0].sum(-1) - 0.05) <= half).all()
+    assert (np.abs(np.diff(x[0], axis=-1)) <= 0.02).all()
+    assert (np.abs(x[1].sum(-1) + 0.04) <= half).all()
+    assert (np.abs(x[3, :, :2].sum(-1) - 0.03) <= half).all()
