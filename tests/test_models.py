@@ -311,7 +311,7 @@ def test_calls_that_would_go_wrong_silently_raise():
             policy.predict_action(**inputs, **change)
     with pytest.raises(VLAActionsError, match="prepare"):
         policy.predict_action()
-    with pytest.raises(VLAActionsError, match="2 lists"):
+    with pytest.raises(VLAActionsError, match="2 samples"):
         policy.predict_action(**policy.prepare(images[:1] * 4, sentences[:1] * 4), constraints=[[], []])
     with pytest.raises(VLAActionsError, match="generate_batch"):
         policy.generate_batch([[1, 2]])
