@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import string
@@ -15,10 +16,17 @@ import numpy as np
 from hf_vla_actions.actions import ActionSpace, ActionStats, NormStats
 from hf_vla_actions.constraints import Constraint, bind, constraint_from_dict
 from hf_vla_actions.errors import CheckpointError, VLAActionsError
-from hf_vla_actions.tokenizers import ActionVocabulary, UniformActionTokenizer
+from hf_vla_actions.tokenizers import (
+    ActionVocabulary,
+    FASTActionTokenizer,
+    UniformActionTokenizer,
+    VQActionTokenizer,
+)
 
 FILE_NAME = "action_config.json"
 FORMAT_VERSION = 1
+FAST_FILE = "fast_tokenizer.json"
+ActionTokenizer = UniformActionTokenizer | FASTActionTokenizer | VQActionTokenizer
 PASS_THROUGH_TOLERANCE = 0.01  # dimensions that are not normalized may exceed [-1, 1] by measurement noise
 DEFAULT_PROMPT = "In: What action should the robot take to {instruction}?\nOut:"
 
@@ -34,7 +42,8 @@ class ActionConfig:
     """Everything between the token ids of a model and the commands of a robot.
 
     Args:
-        tokenizer: action tokenizer: chunk of normalized actions to codes and back.
+        tokenizer: action tokenizer: chunk of normalized actions to codes and back. Bins have one code a number; the
+            codes of `FASTActionTokenizer` and `VQActionTokenizer` stand for a whole chunk.
         vocabulary: codes to ids of the language model's tokenizer and back.
         norm_stats: statistics of each dataset or robot, by `unnorm_key`.
         spaces: meaning of the action of each `unnorm_key`; keys that are left out get `ActionSpace.unnamed`.
@@ -47,7 +56,7 @@ class ActionConfig:
     All of it is checked when it is made, saved as `action_config.json` and read again by `from_pretrained`.
     """
 
-    tokenizer: UniformActionTokenizer
+    tokenizer: ActionTokenizer
     vocabulary: ActionVocabulary
     norm_stats: NormStats | Mapping[str, Any]
     spaces: Mapping[str, ActionSpace] = field(default_factory=dict)
@@ -91,10 +100,34 @@ class ActionConfig:
                     f"{key!r}: bins cover [-1, 1] and would cut z-scores (mode 'normal') at one standard deviation; "
                     "use mode 'bounds_q99' or 'bounds'"
                 )
+            self._check_chunk(key, space)
             # Limits that no action can satisfy are refused here, not in front of the robot. What depends on where the
             # robot is can only be checked there.
             always = [limit for limit in self.limits if not limit.needs and limit.n_samples is None]
-            bind(None, space, self.token_values(key), self.horizon, limits=always)
+            values = self.token_values(key) if self.is_per_number else None
+            bind(None, space, values, self.horizon, limits=always, grid=values is not None)
+
+    def _check_chunk(self, key: str, space: ActionSpace) -> None:
+        """Raise if the codes of whole chunks are for other chunks than those of this robot."""
+        tokenizer = self.tokenizer
+        if not self.is_per_number and self.vocabulary.dof is not None:
+            raise VLAActionsError(
+                "FAST and VQ codes stand for whole chunks: their vocabulary has no ids for each dimension (use another "
+                "layout than 'per_dimension')"
+            )
+        if isinstance(tokenizer, VQActionTokenizer) and (tokenizer.shape.dof, tokenizer.shape.horizon) != (
+            space.dof,
+            self.horizon,
+        ):
+            raise VLAActionsError(
+                f"{key!r}: the VQ tokenizer was fitted to chunks of {tokenizer.shape.horizon} x {tokenizer.shape.dof}, the policy has "
+                f"{self.horizon} x {space.dof}"
+            )
+
+    @property
+    def is_per_number(self) -> bool:
+        """True if each number of a chunk has a token of its own (bins), False if tokens stand for the chunk."""
+        return isinstance(self.tokenizer, UniformActionTokenizer)
 
     def resolve(self, unnorm_key: str | None = None) -> str:
         """The `unnorm_key` to use; may be omitted when there is one. Otherwise raises and lists them."""
@@ -110,7 +143,23 @@ class ActionConfig:
 
     def n_tokens(self, unnorm_key: str | None = None) -> int:
         """Action tokens of one chunk, without the closing token."""
+        if isinstance(self.tokenizer, VQActionTokenizer):
+            return self.tokenizer.n_tokens
+        self._need_numbers("chunks have a fixed number of tokens")
         return self.horizon * self.space(unnorm_key).dof
+
+    def max_tokens(self, unnorm_key: str | None = None) -> int:
+        """Most action tokens of one chunk, without the closing token: where their number varies, one a coefficient."""
+        if isinstance(self.tokenizer, FASTActionTokenizer):
+            return self.horizon * self.space(unnorm_key).dof
+        return self.n_tokens(unnorm_key)
+
+    def _need_numbers(self, what: str) -> None:
+        if not self.is_per_number:
+            raise VLAActionsError(
+                f"only with bins {what}; this policy has {type(self.tokenizer).__name__}, whose tokens stand for whole "
+                "chunks: use predict_action"
+            )
 
     def token_values(self, unnorm_key: str | None = None) -> np.ndarray:
         """(dof, n_codes) float64: the value in real units that each code stands for in each dimension.
@@ -118,6 +167,7 @@ class ActionConfig:
         `decode` reads its results from this very table, and constraints are tested on it: what is allowed and what
         is carried out cannot differ.
         """
+        self._need_numbers("each token has a value in real units")
         key = self.resolve(unnorm_key)
         tables: dict[str, np.ndarray] = self._tables  # type: ignore[attr-defined]
         if key not in tables:
@@ -129,8 +179,16 @@ class ActionConfig:
             tables[key] = table
         return tables[key]
 
-    def encode(self, actions, unnorm_key: str | None = None) -> np.ndarray:
-        """Token ids of a chunk: (..., horizon, dof) in real units to (..., horizon * dof) int64."""
+    def encode(self, actions, unnorm_key: str | None = None) -> Any:
+        """Token ids of chunks in real units.
+
+        Args:
+            actions: (..., horizon, dof).
+            unnorm_key: which statistics and action space.
+
+        Returns:
+            (..., n_tokens) int64; for FAST, whose chunks have different numbers of tokens, a list of int64 arrays.
+        """
         actions = np.asarray(actions, dtype=np.float64)
         dof = self.space(unnorm_key).dof
         if actions.shape[-2:] != (self.horizon, dof):
@@ -142,10 +200,32 @@ class ActionConfig:
                 f"{self.space(unnorm_key).describe(dim)} is not normalized (its mask is False) and holds "
                 f"{np.abs(normalized[..., dim]).max():.4g}; bins end at 1. Give it statistics and mask True"
             )
-        return self.vocabulary.to_ids(self.tokenizer.encode(normalized))
+        codes = self.tokenizer.encode(normalized)
+        if isinstance(self.tokenizer, FASTActionTokenizer):
+            return [self.vocabulary.to_ids(row) for row in codes]
+        return self.vocabulary.to_ids(codes)
+
+    def decode_codes(self, codes, unnorm_key: str | None = None) -> np.ndarray:
+        """Codes of whole chunks (a list of arrays, one a chunk) to (n, horizon, dof) normalized."""
+        dof = self.space(unnorm_key).dof
+        if isinstance(self.tokenizer, FASTActionTokenizer):
+            return self.tokenizer.decode(codes, self.horizon, dof)
+        return self.tokenizer.decode(np.stack(codes), self.horizon, dof)
 
     def decode(self, ids, unnorm_key: str | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids (..., horizon * dof) to a pair of chunks (..., horizon, dof): normalized, and in real units."""
+        """Token ids to a pair of chunks (..., horizon, dof): normalized, and in real units.
+
+        Args:
+            ids: (..., horizon * dof) with bins, (..., n_tokens) with VQ, a list of int64 arrays with FAST.
+            unnorm_key: which statistics and action space.
+        """
+        if not self.is_per_number:
+            many = isinstance(self.tokenizer, FASTActionTokenizer)
+            rows = ids if many else np.asarray(ids).reshape(-1, np.shape(ids)[-1])
+            normalized = self.decode_codes([self.vocabulary.to_codes(row) for row in rows], unnorm_key)
+            if not many:
+                normalized = normalized.reshape(*np.shape(ids)[:-1], *normalized.shape[1:])
+            return normalized, self.space(unnorm_key).settle(self.stats(unnorm_key).unnormalize(normalized))
         dof = self.space(unnorm_key).dof
         codes = self.vocabulary.to_codes(ids)
         normalized = self.tokenizer.decode(codes, self.horizon, dof)
@@ -163,7 +243,7 @@ class ActionConfig:
         """The content of `action_config.json`; inverse of `from_dict`."""
         return {
             "format_version": FORMAT_VERSION,
-            "tokenizer": self.tokenizer.to_dict(),
+            "tokenizer": self._tokenizer_dict(),
             "vocabulary": self.vocabulary.to_dict(),
             "norm_stats": self.norm_stats.to_dict(),  # type: ignore[union-attr]
             "spaces": {key: space.to_dict() for key, space in self.spaces.items()},
@@ -174,14 +254,25 @@ class ActionConfig:
             "chat": bool(self.chat),
         }
 
+    def _tokenizer_dict(self) -> dict[str, Any]:
+        if not isinstance(self.tokenizer, FASTActionTokenizer):
+            return self.tokenizer.to_dict()
+        whole = json.dumps(self.tokenizer.to_dict(), sort_keys=True).encode()
+        return {"type": "fast", "file": FAST_FILE, "sha256": hashlib.sha256(whole).hexdigest()}
+
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> ActionConfig:
-        """Read what `to_dict` wrote."""
+    def from_dict(cls, values: dict[str, Any], folder: str | os.PathLike | None = None) -> ActionConfig:
+        """Read what `to_dict` wrote.
+
+        Args:
+            values: content of `action_config.json`.
+            folder: where the files of a FAST or VQ tokenizer lie; bins have none.
+        """
         version = values.get("format_version")
         if version != FORMAT_VERSION:
             raise CheckpointError(f"{FILE_NAME} has format_version {version!r}, this release reads {FORMAT_VERSION}")
         return cls(
-            tokenizer=UniformActionTokenizer.from_dict(values["tokenizer"]),
+            tokenizer=_read_tokenizer(values["tokenizer"], folder),
             vocabulary=ActionVocabulary.from_dict(values["vocabulary"]),
             norm_stats=NormStats.from_dict(values["norm_stats"]),
             spaces={key: ActionSpace.from_dict(space) for key, space in values["spaces"].items()},
@@ -196,6 +287,8 @@ class ActionConfig:
         """Write `action_config.json` into a folder and return its path."""
         path = Path(save_directory) / FILE_NAME
         path.parent.mkdir(parents=True, exist_ok=True)
+        if not isinstance(self.tokenizer, UniformActionTokenizer):
+            self.tokenizer.save_pretrained(path.parent)
         temporary = path.with_name(FILE_NAME + ".tmp")
         temporary.write_text(json.dumps(self.to_dict(), indent=1), encoding="utf-8")
         os.replace(temporary, path)
@@ -220,7 +313,13 @@ class ActionConfig:
             except OSError as error:
                 raise CheckpointError(f"no {FILE_NAME} to be had from {str(path)!r}: {error}") from None
         try:
-            return cls.from_dict(json.loads(file.read_text(encoding="utf-8")))
+            values = json.loads(file.read_text(encoding="utf-8"))
+            if not Path(path).is_dir():
+                for name in {"fast": [FAST_FILE], "vq": ["vq_tokenizer.safetensors"]}.get(
+                    values["tokenizer"]["type"], []
+                ):
+                    cached_file(str(path), name, **hub_arguments)  # to the same folder of the cache
+            return cls.from_dict(values, file.parent)
         except FileNotFoundError:
             raise CheckpointError(
                 f"{path} holds no {FILE_NAME}: it is no checkpoint of a policy. Train one, or make an ActionConfig and "
@@ -233,3 +332,20 @@ class ActionConfig:
         return isinstance(other, ActionConfig) and self.to_dict() == other.to_dict()
 
     __hash__ = None  # type: ignore[assignment]
+
+
+def _read_tokenizer(values: dict[str, Any], folder: str | os.PathLike | None) -> ActionTokenizer:
+    kind = values.get("type")
+    if kind not in ("fast", "vq"):
+        return UniformActionTokenizer.from_dict(values)
+    if folder is None:
+        raise CheckpointError(
+            f"a {kind!r} action tokenizer has files beside {FILE_NAME}: use ActionConfig.from_pretrained"
+        )
+    if kind == "vq":
+        return VQActionTokenizer.from_dict(values, folder)
+    tokenizer = FASTActionTokenizer.from_pretrained(folder)
+    whole = json.dumps(tokenizer.to_dict(), sort_keys=True).encode()
+    if hashlib.sha256(whole).hexdigest() != values.get("sha256"):
+        raise CheckpointError(f"{FAST_FILE} in {folder} is not the tokenizer that {FILE_NAME} was saved with")
+    return tokenizer

@@ -14,6 +14,7 @@ from hf_vla_actions.config import ActionConfig
 from hf_vla_actions.errors import VLAActionsError
 from hf_vla_actions.hub.report import Dataset, Dimension, Tokens
 from hf_vla_actions.hub.source import Header
+from hf_vla_actions.tokenizers import UniformActionTokenizer
 
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight")
 
@@ -21,7 +22,8 @@ EMBEDDINGS = ("embed_tokens.weight", "wte.weight")
 def tokens_of(config: ActionConfig) -> Tokens:
     """The action tokens of a policy."""
     ids, end = config.vocabulary.token_ids, config.vocabulary.end_token_id
-    scheme = config.tokenizer.grid.scheme
+    tokenizer = config.tokenizer
+    scheme = tokenizer.grid.scheme if isinstance(tokenizer, UniformActionTokenizer) else type(tokenizer).__name__
     return Tokens(config.vocabulary.layout, int(ids.size), int(ids.min()), int(ids.max()), end, scheme)
 
 

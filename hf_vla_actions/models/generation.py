@@ -10,7 +10,7 @@ import torch
 
 from hf_vla_actions.constraints.bind import ON_INFEASIBLE
 from hf_vla_actions.constraints.projection import STYLES
-from hf_vla_actions.decoding import TACOLogitsProcessor
+from hf_vla_actions.decoding import FASTLogitsProcessor, TACOLogitsProcessor
 from hf_vla_actions.errors import VLAActionsError
 from hf_vla_actions.models.families import ModelFamily
 
@@ -59,6 +59,13 @@ def check_choices(*, mode: str, style: str, on_infeasible: str) -> None:
         raise VLAActionsError(f"style 'retime' slows down what was decoded freely: mode is 'project', got {mode!r}")
 
 
+def check_style(style: str) -> str:
+    """The style of a projection; anything else raises."""
+    if style not in STYLES:
+        raise VLAActionsError(f"style must be one of {list(STYLES)}, got {style!r} (policy() also knows 'retime')")
+    return style
+
+
 def neutral(options: Mapping[str, Any]) -> dict[str, Any]:
     """Options of `generate` that leave the distribution over actions as it is, for a call with some options."""
     return NEUTRAL_GENERATION | (NEUTRAL_SAMPLING if options.get("do_sample") else {})
@@ -84,7 +91,7 @@ def check_generation(
     if generation_config is not None and generation_config.to_dict().get("is_assistant"):
         return  # the draft of an assisted generation, which starts anew at every step; its main model was checked
     for processor in logits_processor or ():
-        if isinstance(processor, TACOLogitsProcessor):
+        if isinstance(processor, (TACOLogitsProcessor, FASTLogitsProcessor)):
             processor.check_prompt(prompt)
     if family.own_positions and options.get("inputs_embeds") is not None and prompt is None:
         raise VLAActionsError(

@@ -14,7 +14,6 @@ from transformers import LogitsProcessorList
 
 from hf_vla_actions.config import ActionConfig
 from hf_vla_actions.constraints import Context
-from hf_vla_actions.constraints.projection import STYLES
 from hf_vla_actions.constraints.retime import RetimedChunk
 from hf_vla_actions.constraints.slower import retime_within
 from hf_vla_actions.decoding import TACOLogitsProcessor
@@ -27,6 +26,7 @@ from hf_vla_actions.models.generation import (
     beam_rows,
     check_choices,
     check_generation,
+    check_style,
     guesses,
     log_prob,
     neutral,
@@ -34,6 +34,7 @@ from hf_vla_actions.models.generation import (
 from hf_vla_actions.models.output import ActionOutput, commanded
 from hf_vla_actions.models.prompts import PromptBuilder
 from hf_vla_actions.models.shim import remove_shim, shim_in_config, write_shim
+from hf_vla_actions.models.whole_chunks import predict_whole_chunks
 from hf_vla_actions.runtime import ChunkPolicy, remembered
 
 
@@ -122,6 +123,10 @@ class ActionPredictionMixin:
             raise VLAActionsError(f"predict_action decides {reserved} itself; call generate() for full control")
         if input_ids is None:
             raise VLAActionsError("predict_action needs the tensors of prepare(): predict_action(**inputs)")
+        if not self.action_config.is_per_number:
+            asked = {"constraints": constraints, "context": context, "mode": mode, "style": check_style(style)}
+            out = predict_whole_chunks(self, input_ids, key, {**asked, "on_infeasible": on_infeasible}, kwargs)
+            return out if return_dict else out.actions
         taco = TACOLogitsProcessor(
             constraints,
             self.action_config,
@@ -134,8 +139,7 @@ class ActionPredictionMixin:
             speculative=guesses(kwargs),
         )
         taco.bound.check_batch(len(input_ids))
-        if style not in STYLES:
-            raise VLAActionsError(f"style must be one of {list(STYLES)}, got {style!r} (policy() also knows 'retime')")
+        check_style(style)
         n_tokens = self.action_config.n_tokens(key)
         out = self.generate(  # type: ignore[attr-defined]
             input_ids=input_ids,

@@ -31,6 +31,13 @@ class ModelArguments:
     n_bins: int | None = field(
         default=None, metadata={"help": "Bins a dimension, and action tokens of the vocabulary. Default: 256."}
     )
+    action_tokenizer: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder of a FAST or VQ action tokenizer, as `hf-vla fit-fast` and `hf-vla fit-vq` write them (or of "
+            "the reference's FAST). Default: bins."
+        },
+    )
     action_layout: str | None = field(
         default=None,
         metadata={

@@ -48,19 +48,29 @@ class ActionCollator:
                 batch["input_ids"], batch["attention_mask"], pad
             )
         try:
-            ids = torch.from_numpy(config.encode(np.stack([s["actions"] for s in samples]), self.unnorm_key))
+            rows = config.encode(np.stack([s["actions"] for s in samples]), self.unnorm_key)
         except ValueError as error:
             where = sorted({(s["episode"], s["step"]) for s in samples})
             raise DatasetError(f"actions of the batch (episode, step) {where} cannot be encoded: {error}") from error
-        ends = ids.new_full((len(samples), 1), config.vocabulary.end_token_id)
-        action_tokens = torch.cat([ids, ends], dim=1)
-
-        mask = torch.stack([torch.as_tensor(sample["action_pad_mask"]) for sample in samples])
-        real = mask.repeat_interleave(ids.shape[1] // config.horizon, dim=1)
-        labels = torch.cat([torch.where(real, ids, IGNORED), ends], dim=1)
+        end = config.vocabulary.end_token_id
+        if config.is_per_number:
+            ids = torch.from_numpy(rows)
+            ends = ids.new_full((len(samples), 1), end)
+            action_tokens = torch.cat([ids, ends], dim=1)
+            mask = torch.stack([torch.as_tensor(sample["action_pad_mask"]) for sample in samples])
+            real = mask.repeat_interleave(ids.shape[1] // config.horizon, dim=1)
+            labels = torch.cat([torch.where(real, ids, IGNORED), ends], dim=1)
+            present = torch.ones_like(action_tokens)
+        else:
+            # Their tokens stand for the chunk as a whole, past the end of an episode too (its last action again).
+            longest = max(map(len, rows))
+            closed = [[*row, end] for row in rows]
+            action_tokens = torch.tensor([row + [end] * (longest + 1 - len(row)) for row in closed])
+            labels = torch.tensor([row + [IGNORED] * (longest + 1 - len(row)) for row in closed])
+            present = (labels != IGNORED).long()
 
         family = self.prompts.family
-        fill = {"input_ids": action_tokens, "attention_mask": torch.ones_like(action_tokens)}
+        fill = {"input_ids": action_tokens, "attention_mask": present}
         fill["token_type_ids"] = torch.full_like(action_tokens, family.suffix_type)
         length = batch["input_ids"].shape
         for name, value in batch.items():

@@ -20,7 +20,7 @@ from hf_vla_actions.models.adapter import share_statistics
 from hf_vla_actions.models.embeddings import initialize_rows
 from hf_vla_actions.models.families import OPENVLA_TYPE, family_of
 from hf_vla_actions.models.openvla import action_config_of
-from hf_vla_actions.tokenizers import ActionVocabulary, UniformActionTokenizer
+from hf_vla_actions.tokenizers import ActionVocabulary, FASTActionTokenizer, UniformActionTokenizer, VQActionTokenizer
 from hf_vla_actions.train.arguments import DataArguments, ModelArguments
 from hf_vla_actions.train.augment import SlowedChunks
 from hf_vla_actions.train.recipes import RECIPES
@@ -158,11 +158,10 @@ def load_policy(
         old = old or _original(model, processor, key, entry)
     if old is None:
         tokenizer = processor.tokenizer if family_of(model.config).takes_images else processor
+        action_tokenizer = action_tokenizer_of(model_args)
         config = ActionConfig(
-            tokenizer=UniformActionTokenizer(
-                model_args.n_bins or DEFAULT_BINS, "openvla" if model_args.action_layout == "tail" else "uniform"
-            ),
-            vocabulary=vocabulary_of(tokenizer, model_args, space.dof),
+            tokenizer=action_tokenizer,
+            vocabulary=vocabulary_of(tokenizer, replace(model_args, n_bins=action_tokenizer.n_codes), space.dof),
             norm_stats=NormStats({key: entry}),
             spaces={key: space},
             horizon=1 if data_args.horizon is None else data_args.horizon,
@@ -188,6 +187,17 @@ def load_policy(
         # They fall on rows that the model has but never trained: some are zero, or all the same.
         initialize_rows(policy, ids)
     return policy, key
+
+
+def action_tokenizer_of(args: ModelArguments) -> Any:
+    """The action tokenizer that the options ask for: bins, or what a folder holds."""
+    if args.action_tokenizer is None:
+        scheme = "openvla" if args.action_layout == "tail" else "uniform"
+        return UniformActionTokenizer(args.n_bins or DEFAULT_BINS, scheme)
+    if args.n_bins is not None:
+        raise TrainingError("--n_bins is for bins, --action_tokenizer brings its own number of codes: leave one out")
+    vq = (Path(args.action_tokenizer) / "vq_tokenizer.json").is_file()
+    return (VQActionTokenizer if vq else FASTActionTokenizer).from_pretrained(args.action_tokenizer)
 
 
 def _original(model, processor, key: str, entry: dict[str, Any]) -> ActionConfig:

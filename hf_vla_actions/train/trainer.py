@@ -50,7 +50,9 @@ class VLATrainer(Trainer):
         self._loss_shifts_labels = False
         config = policy.action_config
         table = config.vocabulary.table(config.space(self.unnorm_key).dof)
-        self._ids = torch.tensor(np.tile(table, (config.horizon, 1)))  # (horizon * dof, n_codes)
+        self._ids = torch.tensor(
+            np.tile(table, (config.horizon, 1))
+        )  # (horizon * dof, n_codes), where that is a code a number
 
     def _loss(self, outputs, labels: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:
         """Cross entropy, and with `taco_loss_weight` the expected violation beside it, in training and evaluation."""
@@ -107,13 +109,21 @@ class VLATrainer(Trainer):
         return super().prediction_step(model, inputs, *args, **kwargs)
 
     def _codes(self, logits, labels: torch.Tensor) -> torch.Tensor:
-        """(batch, horizon * dof) most likely code of each action token, given the demonstrated ones before it."""
+        """(batch, horizon * dof) most likely code of each action token, given the demonstrated ones before it.
+
+        Where tokens stand for whole chunks: (batch, labels) most likely id.
+        """
         logits = logits[0] if isinstance(logits, tuple) else logits
+        if not self.policy.action_config.is_per_number:
+            return logits[:, -labels.shape[1] - 1 : -1].argmax(dim=-1)
         wanted = logits[:, -labels.shape[1] - 1 : -2]
         ids = self._ids.to(wanted.device).expand(len(wanted), -1, -1)
         return wanted.gather(-1, ids).argmax(dim=-1)
 
     def _metrics(self, prediction) -> dict[str, float]:
+        if not self.policy.action_config.is_per_number:
+            real = prediction.label_ids != IGNORED
+            return {"token_accuracy": float((prediction.predictions == prediction.label_ids)[real].mean())}
         return chunk_metrics(
             self.policy.action_config, self.unnorm_key, prediction.predictions, prediction.label_ids[:, :-1]
         )
