@@ -21,6 +21,7 @@ from hf_vla_actions import (
 from hf_vla_actions.constraints import Range, Rate, Speed
 from hf_vla_actions.data import ChunkDataset, LeRobotDataset
 from hf_vla_actions.errors import CheckpointError, VLAActionsError
+from hf_vla_actions.hub import inspect_checkpoint
 from hf_vla_actions.models.whole_chunks import overshoot
 from hf_vla_actions.train import ActionCollator, fine_tune
 
@@ -173,3 +174,10 @@ def test_what_only_bins_have_is_refused(tokenizers, tmp_path):
         )
     assert json.dumps(config.to_dict())  # what goes into action_config.json stays small
     assert len(json.dumps(config.to_dict()["tokenizer"])) < 300
+
+
+@pytest.mark.parametrize("kind", ["fast", "vq"])
+def test_inspect_reads_their_checkpoints(tokenizers, kind, tmp_path):
+    fresh(tokenizers[kind], "llava").save_pretrained(tmp_path)
+    report = inspect_checkpoint(str(tmp_path))
+    assert not report.problems

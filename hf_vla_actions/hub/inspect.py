@@ -63,7 +63,14 @@ class _Findings:
         values = self.source.json(ACTION_CONFIG_FILE)
         if values is not None:
             try:
-                self.action_config = ActionConfig.from_dict(values)
+                source = self.source
+                # FAST and VQ tokenizers lie in small files of their own, which a repository gives out one by one.
+                alone = source.folder is not None or values["tokenizer"].get("type") == "uniform"
+                self.action_config = (
+                    ActionConfig.from_dict(values, source.folder)
+                    if alone
+                    else ActionConfig.from_pretrained(source.path, **source.hub)
+                )
                 self.tokens = tokens_of(self.action_config)
             except VLAActionsError as error:
                 self.problems.append(f"{ACTION_CONFIG_FILE} cannot be used: {error}")
