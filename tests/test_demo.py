@@ -13,6 +13,7 @@ from hf_vla_actions.demo.run import DemoSettings, prove_checkpoint, run_demo
 from hf_vla_actions.demo.tiny_vlm import TinyTraining
 from hf_vla_actions.demo.world import WorldError
 from hf_vla_actions.errors import CheckpointError, VLAActionsError
+from hf_vla_actions.models.generation import MODES
 
 SMALL = DemoSettings(TinyTraining(num_episodes=20, max_steps=4), judged=3, max_steps=3)
 
@@ -22,7 +23,7 @@ def test_the_whole_path_runs_and_limits_hold_whatever_was_learned(tmp_path):
     results = json.loads((tmp_path / "demo/results.json").read_text())
     rows = {row["name"]: row for row in results["rows"]}
     bound = [row for name, row in rows.items() if name.startswith("limits")]
-    assert len(bound) == 3
+    assert len(bound) == len(MODES)
     assert all(row["violations"] == 0 for row in bound)
     assert rows["random actions"]["violations"] > 0, "limits that nobody would break prove nothing"
     assert {"picture blanked", "instruction swapped", "random actions"} < set(rows)
