@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import sys
 import typing
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import ClassVar
@@ -29,7 +30,7 @@ LONGEST = 8  # entries of a list of numbers that are still written out in messag
 
 
 @dataclass(frozen=True)
-class Constraint:
+class Constraint(ABC):
     """What all constraints share. Use one of the subclasses.
 
     Args:
@@ -55,10 +56,10 @@ class Constraint:
         for i in range(n_samples or 0):
             self.sample(i)
 
-    def _read(self) -> None:
+    def _read(self) -> None:  # noqa: B027  # not every kind has something to read
         """Put the fields into plain form: Python numbers, and tuples of them."""
 
-    def _check(self) -> None:
+    def _check(self) -> None:  # noqa: B027  # nor numbers that could contradict each other
         """Raise if numbers (of one sample) contradict each other."""
 
     @property
@@ -112,8 +113,9 @@ class Constraint:
             raise ConstraintError(f"{self} has numbers for {self.n_samples} samples: expand sample(i), one at a time")
         return self._expand(space, horizon, known, half_bin)
 
+    @abstractmethod
     def _expand(self, space: ActionSpace, horizon: int, known: Known, half_bin: np.ndarray) -> list[Part]:
-        raise NotImplementedError
+        """`expand` for one sample."""
 
     def steps_in(self, horizon: int) -> list[int]:
         """The steps it holds for in a chunk of `horizon` actions; steps outside the chunk raise."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import typing
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -28,8 +29,9 @@ class _Made(Constraint):
             raise self._refuse("steps belong to its parts; give them there")
 
     @property
+    @abstractmethod
     def _parts(self) -> tuple[Constraint, ...]:
-        raise NotImplementedError
+        """The constraints that it is made of."""
 
     def parts_of(self) -> tuple[Constraint, ...]:
         """The constraints that it is made of."""

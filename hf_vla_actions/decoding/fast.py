@@ -18,7 +18,7 @@ from hf_vla_actions.decoding.fast_states import (
     needed,
     within,
 )
-from hf_vla_actions.decoding.taco import _RefusedByContinuousBatching, _require
+from hf_vla_actions.decoding.scores import RefusedByContinuousBatching, check_scores, require
 from hf_vla_actions.errors import ConstraintError
 from hf_vla_actions.tokenizers import ActionVocabulary, FASTActionTokenizer
 
@@ -95,7 +95,7 @@ class FASTLogitsProcessor(LogitsProcessor):
         InfeasibleConstraintError: limits that no constant action keeps.
     """
 
-    supports_continuous_batching = _RefusedByContinuousBatching()  # type: ignore[assignment]
+    supports_continuous_batching = RefusedByContinuousBatching()  # type: ignore[assignment]
 
     def __init__(
         self,
@@ -217,7 +217,7 @@ class FASTLogitsProcessor(LogitsProcessor):
         end = torch.where(done, scores[:, self.end_token_id], nothing)
         out[:, self.end_token_id] = end
         alive = torch.maximum(chosen.amax(dim=1), end).abs() < torch.inf  # False for NaN too
-        _require(alive.all(), DEAD)
+        require(alive.all(), DEAD)
         return out  # type: ignore[return-value]
 
     def allowed(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -294,16 +294,7 @@ class FASTLogitsProcessor(LogitsProcessor):
         return State(codes, half_read, completed - (half_read > 0).long(), used, ended)
 
     def _check(self, input_ids: torch.Tensor, scores: torch.Tensor) -> None:
-        if input_ids.ndim != 2 or scores.ndim != 2 or len(input_ids) != len(scores):
-            raise ConstraintError(
-                f"expected ids (rows, length) and scores (rows, vocabulary), got {tuple(input_ids.shape)} and "
-                f"{tuple(scores.shape)}; continuous batching is not supported"
-            )
-        if scores.shape[1] <= self._highest:
-            raise ConstraintError(
-                f"the model scores {scores.shape[1]} tokens, the action vocabulary goes up to id {self._highest}: its "
-                "embeddings were not resized (to_vla does it) or it belongs to another checkpoint"
-            )
+        check_scores(input_ids, scores, self._highest)
         if len(scores) % self.n_samples:
             raise ConstraintError(
                 f"{len(scores)} rows do not divide among {self.n_samples} samples with limits of their own"

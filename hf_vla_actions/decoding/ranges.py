@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from transformers import LogitsProcessor
 
-from hf_vla_actions.decoding.taco import _RefusedByContinuousBatching
+from hf_vla_actions.decoding.scores import RefusedByContinuousBatching
 from hf_vla_actions.errors import ConstraintError
 from hf_vla_actions.tokenizers import ActionVocabulary
 
@@ -22,7 +22,7 @@ class RangesLogitsProcessor(LogitsProcessor):
         prompt_length: length of the prompt in tokens, padding included.
     """
 
-    supports_continuous_batching = _RefusedByContinuousBatching()  # type: ignore[assignment]
+    supports_continuous_batching = RefusedByContinuousBatching()  # type: ignore[assignment]
 
     def __init__(self, ranges: np.ndarray, vocabulary: ActionVocabulary, prompt_length: int):
         self.places = [vocabulary.token_ids[low:high] for low, high in np.asarray(ranges).tolist()]

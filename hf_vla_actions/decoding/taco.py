@@ -19,6 +19,7 @@ from transformers import LogitsProcessor
 
 from hf_vla_actions.constraints import BoundConstraints, bind, with_limits
 from hf_vla_actions.decoding.masks import CoupledMasks
+from hf_vla_actions.decoding.scores import RefusedByContinuousBatching, check_scores, require
 from hf_vla_actions.errors import ConstraintError
 
 if TYPE_CHECKING:
@@ -39,22 +40,6 @@ STRANGER = (
     "an id among the actions decided so far is no action token: prompt_length does not fit, another logits processor "
     "forced it, or beams were sampled (pass speculative=True)"
 )
-
-
-class _RefusedByContinuousBatching:
-    """False on the class; an error when continuous batching asks an instance.
-
-    Transformers drops a processor that answers False with no more than a warning
-    (`transformers/generation/continuous_batching/cb_logits_processors.py`), and would then emit free actions.
-    """
-
-    def __get__(self, instance, owner=None) -> bool:
-        if instance is None:
-            return False
-        raise ConstraintError(
-            "continuous batching (generate_batch) gives logits processors the last token only and cannot keep "
-            "constraints on actions; use generate() or predict_action()"
-        )
 
 
 @dataclass(frozen=True)
@@ -114,7 +99,7 @@ class TACOLogitsProcessor(LogitsProcessor):
     On CUDA the check that a row has a token left raises asynchronously (no host synchronization), elsewhere at once.
     """
 
-    supports_continuous_batching = _RefusedByContinuousBatching()  # type: ignore[assignment]
+    supports_continuous_batching = RefusedByContinuousBatching()  # type: ignore[assignment]
 
     def __init__(
         self,
@@ -309,7 +294,7 @@ class TACOLogitsProcessor(LogitsProcessor):
         codes = tables.codes[recent]
         if not self.speculative:
             known = codes >= 0 if ended is None else (codes >= 0) | ended[:, None]
-            _require(known.all(), STRANGER)
+            require(known.all(), STRANGER)
         return codes.clamp(min=0)
 
     def _masks_on(self, device: torch.device) -> CoupledMasks:
@@ -336,20 +321,11 @@ class TACOLogitsProcessor(LogitsProcessor):
         recent = input_ids[:, -self.n_tokens - 1 :].clamp(0, len(tables.is_action) - 1)
         run = tables.is_action[recent].flip(1).long().cumprod(1).sum(1)
         # Rows advance together; one that another stopping criterion has ended has no action token at its end.
-        _require(((run <= self.n_tokens) & ((run == 0) | (run == run.amax()))).all(), HISTORY)
+        require(((run <= self.n_tokens) & ((run == 0) | (run == run.amax()))).all(), HISTORY)
         return run
 
     def _check(self, input_ids: torch.Tensor, scores: torch.Tensor) -> None:
-        if input_ids.ndim != 2 or scores.ndim != 2 or len(input_ids) != len(scores):
-            raise ConstraintError(
-                f"expected ids (rows, length) and scores (rows, vocabulary), got {tuple(input_ids.shape)} and "
-                f"{tuple(scores.shape)}; continuous batching is not supported"
-            )
-        if scores.shape[1] <= self._highest:
-            raise ConstraintError(
-                f"the model scores {scores.shape[1]} tokens, the action vocabulary goes up to id {self._highest}: its "
-                "embeddings were not resized (to_vla does it) or it belongs to another checkpoint"
-            )
+        check_scores(input_ids, scores, self._highest)
         if len(scores) % self.bound.n_samples:
             raise ConstraintError(
                 f"{len(scores)} rows do not divide among {self.bound.n_samples} lists of constraints: give one list "
@@ -360,7 +336,7 @@ class TACOLogitsProcessor(LogitsProcessor):
         """Raise if a row has no token left: greedy decoding would emit token 0, which is some action or other."""
         alive = best.abs() < torch.inf  # False for NaN too
         where = "" if best.device.type == "cuda" or alive.all() else f" in row {int((~alive).nonzero()[0])}"
-        _require(alive.all(), DEAD.format(where=where))
+        require(alive.all(), DEAD.format(where=where))
 
     def _tables_on(self, device: torch.device) -> _Tables:
         if device not in self._tables:
@@ -378,14 +354,6 @@ def _agrees(scores: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
     """(rows, 1) bool: whether the allowed action tokens hold enough of the probability of all action tokens."""
     p = torch.softmax(scores.to(torch.promote_types(scores.dtype, torch.float32)), dim=1)
     return (p * allowed).sum(dim=1, keepdim=True) >= AGREES
-
-
-def _require(condition: torch.Tensor, message: str) -> None:
-    """Raise unless a condition () bool holds: at once, or asynchronously where reading it would stall the device."""
-    if condition.device.type == "cuda":
-        torch._assert_async(condition, message)
-    elif not condition:
-        raise ConstraintError(message)
 
 
 def _sum_by_target(scores: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

@@ -74,11 +74,15 @@ def read_bpe(text: str) -> tuple[Tokenizer, TokenBytes, bool]:
         ActionTokenError: it is something else, or changes what it is given (normalizer, prefix space, dropout, ...).
     """
     try:
-        values, backend = json.loads(text), Tokenizer.from_str(text)
+        values = json.loads(text)
         model, vocabulary = values["model"], dict(values["model"]["vocab"])
         kind = model["type"]
-    except Exception as error:  # the library raises bare Exception
+    except (ValueError, KeyError, TypeError) as error:
         raise ActionTokenError(f"not a tokenizer.json with a BPE ({type(error).__name__}: {error})") from None
+    try:
+        backend = Tokenizer.from_str(text)
+    except Exception as error:  # nothing narrower: the library raises bare Exception for what it cannot parse
+        raise ActionTokenError(f"not a tokenizer.json that the tokenizers library can read: {error}") from None
     decoder, splitter = values.get("decoder") or {}, values.get("pre_tokenizer") or {}
     byte_level = decoder.get("type") == "ByteLevel"
     refused = {
