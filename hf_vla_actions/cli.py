@@ -15,6 +15,10 @@ COMMANDS = {
         "hf_vla_actions.train.fit_vq",
         "learn an action tokenizer of a few codes a chunk from a LeRobotDataset",
     ),
+    "tokens-report": (
+        "hf_vla_actions.train.tokens_report",
+        "compare action tokenizers on a dataset: tokens, millimeters, degrees",
+    ),
     "predict": ("hf_vla_actions.models.predict", "print the action of a policy for one frame, free and constrained"),
     "inspect": ("hf_vla_actions.hub.inspect", "what is in a checkpoint, and whether it is safe to run"),
     "fit-fast": (
@@ -26,7 +30,7 @@ COMMANDS = {
 
 def usage() -> str:
     """The help text."""
-    lines = [f"  {name:<10}{what}" for name, (_, what) in COMMANDS.items()]
+    lines = [f"  {name:<15}{what}" for name, (_, what) in COMMANDS.items()]
     return "\n".join(
         [
             "usage: hf-vla COMMAND [OPTIONS]",

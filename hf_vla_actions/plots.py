@@ -153,3 +153,58 @@ def _report_legend(figure) -> None:
         frameon=False,
         fontsize=8,
     )
+
+
+FAMILIES = {"uniform": ("C0", "o"), "quantile": ("C2", "s"), "FAST": ("C1", "^"), "VQ": ("C3", "D")}
+
+
+def plot_token_costs(costs, ax=None, *, dims: Sequence[int] | None = None):
+    """Error against length of action tokenizers: down and left is better.
+
+    Args:
+        costs: list of TokenizerCost, of one horizon.
+        ax: Axes to draw on.
+        dims: dimensions whose root mean square error is averaged; those of the first dimension's unit if None.
+    """
+    ax = new_figure()[1] if ax is None else ax
+    first = costs[0]
+    dims = [d for d, unit in enumerate(first.units) if unit == first.units[0]] if dims is None else list(dims)
+    for family, (color, marker) in FAMILIES.items():
+        some = [cost for cost in costs if cost.name.startswith(family)]
+        if not some:
+            continue
+        error = [float(np.mean([cost.rmse[d] for d in dims])) for cost in some]
+        tokens = [cost.tokens for cost in some]
+        ax.plot(tokens, error, marker=marker, color=color, lw=0.8, ms=5, label=family)
+        for cost, x, y in zip(some, tokens, error, strict=True):
+            side = {"ha": "right", "xytext": (-6, 3)} if family == "quantile" else {"ha": "left", "xytext": (6, 3)}
+            text = cost.name.split(" ", 1)[1]
+            ax.annotate(text, (x, y), textcoords="offset points", fontsize=7, color=color, **side)
+    names = ", ".join(first.names[d] for d in dims)
+    unit = first.units[dims[0]]
+    ax.set(yscale="log", xlabel=f"tokens a chunk of {first.horizon} actions")
+    ax.set_xscale("log", base=2)
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.set_ylabel(f"root mean square error of {names}{f' [{unit}]' if unit else ''}")
+    ax.legend(frameon=False, fontsize=8, loc="lower left")
+    ax.margins(x=0.12)
+    ax.spines[["top", "right"]].set_visible(False)
+    return ax
+
+
+def plot_energy(shares: np.ndarray, names: Sequence[str], ax=None):
+    """Share of the motion that the frequencies up to each one carry.
+
+    Args:
+        shares: (horizon, dof), see `energy_shares`.
+        names: (dof) of the dimensions.
+        ax: Axes to draw on.
+    """
+    ax = new_figure()[1] if ax is None else ax
+    for name, column in zip(names, np.cumsum(shares, axis=0).T, strict=True):
+        if column[-1] > 0:
+            ax.plot(column, marker=".", lw=1.2, label=name)
+    ax.set(xlabel="DCT frequency (0 = mean of the chunk)", ylabel="share of the energy up to it", ylim=(0, 1.02))
+    ax.legend(frameon=False, fontsize=8, ncols=2)
+    ax.spines[["top", "right"]].set_visible(False)
+    return ax
