@@ -189,3 +189,139 @@ def test_end_of_sequence_that_is_an_action_or_another_one_raises():
     tokenizer.eos_token = "<pad>"
     with pytest.raises(ActionTokenError, match="actions end with id 2"):
         vocabulary.check(tokenizer)
+
+
+N_PLACES, N_SEGMENTS = 1024, 128
+PALIGEMMA_EXTRA = [f"<loc{i:04d}>" for i in range(N_PLACES)] + [f"<seg{i:03d}>" for i in range(N_SEGMENTS)]
+
+
+def paligemma_tokenizer(image_last=True):
+    """Laid out as the real one: Gemma's words, 1024 places, 128 segments, and `<image>` that Transformers adds."""
+    tokenizer = TOKENIZER_STYLES["gemma"]()
+    tokenizer.add_tokens([f"<word_{i}>" for i in range(200)] + PALIGEMMA_EXTRA)
+    if image_last:
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    return tokenizer
+
+
+@pytest.mark.parametrize("image_last", [False, True])
+def test_pi0_fast_counts_backwards_from_the_last_place(image_last):
+    tokenizer = paligemma_tokenizer(image_last)
+    size = len(tokenizer) - image_last  # of openpi's SentencePiece model
+    n_codes = N_PLACES + 100
+    vocabulary = ActionVocabulary.pi0_fast(tokenizer, n_codes)
+    np.testing.assert_array_equal(vocabulary.to_ids(np.arange(n_codes)), size - 1 - 128 - np.arange(n_codes))
+    assert vocabulary.tokens[0] == "<loc1023>"
+    assert vocabulary.tokens[1023] == "<loc0000>"
+    assert tokenizer.convert_ids_to_tokens(vocabulary.end_token_id) == "|"
+    assert vocabulary.in_prompts, "its last codes are words of Gemma"
+    assert len(tokenizer) == size + image_last, "nothing is added"
+
+
+def test_pi0_fast_of_the_published_size_has_the_published_ids():
+    """257152 tokens of PaliGemma: code c is 257023 - c (openpi, models/tokenizer.py)."""
+    tokenizer = TOKENIZER_STYLES["gemma"]()
+    tokenizer.add_tokens([f"<word_{i}>" for i in range(256000 - len(tokenizer))] + PALIGEMMA_EXTRA + ["<image>"])
+    vocabulary = ActionVocabulary.pi0_fast(tokenizer)
+    np.testing.assert_array_equal(vocabulary.token_ids, 257023 - np.arange(2048))
+
+
+def test_pi0_fast_refuses_what_is_laid_out_otherwise():
+    with pytest.raises(ActionTokenError, match="not PaliGemma's tokenizer"):
+        ActionVocabulary.pi0_fast(TOKENIZER_STYLES["gemma"]())
+    moved = TOKENIZER_STYLES["gemma"]()
+    moved.add_tokens([*PALIGEMMA_EXTRA[:5], "<between>", *PALIGEMMA_EXTRA[5:]])
+    with pytest.raises(ActionTokenError, match="not PaliGemma's tokenizer"):
+        ActionVocabulary.pi0_fast(moved)
+    tokenizer = paligemma_tokenizer(image_last=False)
+    for n_codes, size, message in (
+        (0, None, "do not fit"),
+        (len(tokenizer), None, "do not fit"),
+        (10, len(tokenizer) + 1, "do not fit"),
+        (N_PLACES + 202, None, "special tokens"),  # the turns of Gemma stand below the words of this small one
+    ):
+        with pytest.raises(ActionTokenError, match=message):
+            ActionVocabulary.pi0_fast(tokenizer, n_codes, vocab_size=size)
+    with pytest.raises(ActionTokenError, match="no token '<stop>'"):
+        ActionVocabulary.pi0_fast(tokenizer, 16, end_token="<stop>")
+
+
+def test_pi0_fast_on_another_tokenizer_takes_the_size_it_is_told():
+    tokenizer = TOKENIZER_STYLES["qwen"]()
+    vocabulary = ActionVocabulary.pi0_fast(tokenizer, 16, vocab_size=tokenizer.vocab_size, end_token=None)
+    assert vocabulary.token_ids[0] == tokenizer.vocab_size - 129
+    assert vocabulary.end_token_id == tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize("special", [False, True])
+@pytest.mark.parametrize("style", ["qwen", "gemma", "gpt2", "llama"])
+def test_named_tokens_are_found_wherever_they_are(style, special):
+    tokenizer = TOKENIZER_STYLES[style]()
+    shuffled = np.random.default_rng(0).permutation(64)
+    tokens = [f"<robot_action_{i}>" for i in shuffled]
+    if special:
+        tokenizer.add_special_tokens({"additional_special_tokens": tokens})
+    else:
+        tokenizer.add_tokens(tokens)
+    size = len(tokenizer)
+    vocabulary = ActionVocabulary.named(tokenizer, 64)
+    assert len(tokenizer) == size
+    np.testing.assert_array_equal(vocabulary.token_ids, tokenizer.convert_tokens_to_ids(vocabulary.tokens))
+    np.testing.assert_array_equal(vocabulary.token_ids[shuffled] - vocabulary.token_ids.min(), np.arange(64))
+    assert vocabulary.tokens[7] == "<robot_action_7>"
+    with pytest.raises(ActionTokenError, match="contains the action token"):
+        vocabulary.check_instruction("do <robot_action_3> now")
+
+
+def test_named_tokens_that_are_missing_are_named_or_added():
+    tokenizer = TOKENIZER_STYLES["qwen"]()
+    tokenizer.add_tokens([f"<robot_action_{i}>" for i in range(10)])
+    with pytest.raises(ActionTokenError, match=r"lacks 2 of the 12.*'<robot_action_10>', '<robot_action_11>'"):
+        ActionVocabulary.named(tokenizer, 12)
+    vocabulary = ActionVocabulary.named(tokenizer, 12, add=True)
+    ids = vocabulary.to_ids([3, 11, 11, 0]).tolist()
+    text = "<robot_action_3><robot_action_11><robot_action_11><robot_action_0>"
+    assert tokenizer("a " + text, add_special_tokens=False)["input_ids"][-4:] == ids
+    assert ActionVocabulary.named(tokenizer, 12) == vocabulary
+    padded = ActionVocabulary.named(tokenizer, 3, "<|a:{:02d}|>", add=True)
+    assert padded.tokens == ("<|a:00|>", "<|a:01|>", "<|a:02|>")
+
+
+@pytest.mark.parametrize("pattern", ["<robot_action>", "{}{}", "{name}", "<{", 7])
+def test_pattern_without_a_place_for_the_number_raises(pattern):
+    with pytest.raises(ActionTokenError, match="pattern"):
+        ActionVocabulary.named(TOKENIZER_STYLES["qwen"](), 4, pattern, add=True)
+
+
+@pytest.mark.parametrize("layout", ["pi0_fast", "named", "ending"])
+def test_new_layouts_and_their_end_travel_as_json_and_are_checked_on_loading(layout, tmp_path):
+    tokenizer = paligemma_tokenizer()
+    if layout == "pi0_fast":
+        vocabulary = ActionVocabulary.pi0_fast(tokenizer, 300)
+    else:
+        vocabulary = ActionVocabulary.named(tokenizer, 300, add=True)
+        vocabulary = vocabulary.ending_with(tokenizer, "|") if layout == "ending" else vocabulary
+    assert ActionVocabulary.from_dict(vocabulary.to_dict()) == vocabulary
+    codes = np.random.default_rng(0).integers(0, 300, (3, 40))
+    np.testing.assert_array_equal(vocabulary.to_codes(vocabulary.to_ids(codes)), codes)
+    tokenizer.save_pretrained(tmp_path)
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    vocabulary.check(again)
+    with pytest.raises(ActionTokenError, match="does not belong"):
+        vocabulary.check(TOKENIZER_STYLES["gemma"]())
+    if layout == "named":
+        again.eos_token = "<pad>"
+        with pytest.raises(ActionTokenError, match="end of sequence is"):
+            vocabulary.check(again)
+    else:
+        again.eos_token = "<pad>"
+        vocabulary.check(again)  # it closes with a token of its own
+        values = {**vocabulary.to_dict(), "end_token": "~"}
+        with pytest.raises(ActionTokenError, match="'~' is"):
+            ActionVocabulary.from_dict(values).check(again)
+
+
+def test_vocabularies_saved_before_there_was_a_choice_of_end_are_read():
+    vocabulary = ActionVocabulary.append(tiny_tokenizer(), 8)
+    assert "end_token" not in vocabulary.to_dict()
+    assert vocabulary.ending_with(tiny_tokenizer(), None) == vocabulary

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,9 @@ from tokenizers import AddedToken
 from hf_vla_actions.errors import ActionTokenError
 
 _ACTION_TOKEN = re.compile(r"<act_(\d+_)?\d+>")
-LAYOUTS = ("append", "tail", "per_dimension", "spare")
+_PLACE = re.compile(r"<loc\d{4}>")
+LAYOUTS = ("append", "tail", "per_dimension", "spare", "pi0_fast", "named")
+PALIGEMMA_LAST, PALIGEMMA_SKIPPED = "<seg127>", 128  # openpi leaves the last 128 tokens out: those of segmentation
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,17 +25,21 @@ class ActionVocabulary:
     Args:
         token_ids: (n_codes,) id of each code, in the order of the codes; or (dof, n_codes) where each dimension of
             the action has ids of its own.
-        end_token_id: id that ends an action: the tokenizer's end of sequence.
+        end_token_id: id that ends an action: the tokenizer's end of sequence, or that of `end_token`.
         layout: how it was made: "append" (new tokens behind the vocabulary), "per_dimension" (the same, a block for
-            each dimension, as in RT-2), "tail" (OpenVLA: the last ids, counted backwards) or "spare" (ids from a list).
+            each dimension, as in RT-2), "tail" (OpenVLA: the last ids, counted backwards), "spare" (ids from a list),
+            "pi0_fast" (pi0-FAST: PaliGemma's places and last words, counted backwards) or "named" (tokens that are
+            numbered by name, as starVLA's).
         tokens: text of each action token, in the order of `token_ids` flattened, checked against the tokenizer when a
             checkpoint is loaded; "" where the tokenizer has none.
+        end_token: text of the token that ends an action, checked likewise; None for the tokenizer's end of sequence.
     """
 
     token_ids: np.ndarray
     end_token_id: int
     layout: str
     tokens: tuple[str, ...] = field(repr=False)
+    end_token: str | None = None
 
     def __post_init__(self):
         ids = np.array(self.token_ids)
@@ -102,12 +108,71 @@ class ActionVocabulary:
             ids: (n_codes,) in the order of the codes, or (dof, n_codes). Special tokens of the tokenizer raise.
         """
         flat = np.asarray(ids).reshape(-1).tolist()
-        special = sorted(set(tokenizer.all_special_ids) & set(flat))
-        if special:
-            raise ActionTokenError(
-                f"ids {special[:5]} are special tokens ({tokenizer.convert_ids_to_tokens(special[:5])}), not to spare"
-            )
+        _refuse_special(tokenizer, flat)
         return cls(np.asarray(ids), _end_id(tokenizer), "spare", _texts(tokenizer, flat))
+
+    @classmethod
+    def pi0_fast(
+        cls, tokenizer, n_codes: int = 2048, *, vocab_size: int | None = None, end_token: str | None = "|"
+    ) -> ActionVocabulary:
+        """pi0-FAST's layout on PaliGemma: code c is the id `vocab_size - 1 - 128 - c`, and `|` closes the chunk.
+
+        The first 1024 codes take the place of `<loc1023>` ... `<loc0000>`, the others that of the last words of Gemma,
+        which the model must not need otherwise: `to_vla` warns where such a word can stand in a prompt. openpi puts an
+        end of sequence behind the `|`, which its own decoding never reads.
+
+        Args:
+            tokenizer: PaliGemma's; left as it is.
+            n_codes: codes of the FAST tokenizer.
+            vocab_size: of the vocabulary without tokens that were added later (257152 for PaliGemma). None: found in the
+                tokenizer, as the id behind `<seg127>`; a tokenizer of another kind raises.
+            end_token: token that closes a chunk; None for the tokenizer's end of sequence.
+
+        Source: openpi, `models/tokenizer.py`, `FASTTokenizer`.
+        """
+        size = _paligemma_size(tokenizer) if vocab_size is None else vocab_size
+        ids = size - 1 - PALIGEMMA_SKIPPED - np.arange(n_codes)
+        if n_codes < 1 or ids.min() < 0 or size > len(tokenizer):
+            raise ActionTokenError(
+                f"{n_codes} codes in front of the last {PALIGEMMA_SKIPPED} tokens do not fit into a vocabulary of {size} "
+                f"(the tokenizer has {len(tokenizer)} tokens): use a smaller FAST tokenizer, or the layout 'append'"
+            )
+        texts = _texts(tokenizer, ids)
+        # Places may be marked as special in a tokenizer; to take them is what this layout is about.
+        _refuse_special(tokenizer, [i for i, text in zip(ids, texts, strict=True) if not _PLACE.fullmatch(text)])
+        return cls(ids, _end_id(tokenizer, end_token), "pi0_fast", texts, end_token)
+
+    @classmethod
+    def named(
+        cls, tokenizer, n_codes: int = 2048, pattern: str = "<robot_action_{}>", *, add: bool = False
+    ) -> ActionVocabulary:
+        """Tokens numbered by name, wherever the tokenizer has them: starVLA's `<robot_action_0>` and the like.
+
+        Args:
+            tokenizer: left as it is unless `add`.
+            n_codes: how many are wanted, from 0 on.
+            pattern: text of a token, `{}` in the place of the code; `{:03d}` for one with leading zeros.
+            add: put those that the tokenizer lacks behind its vocabulary, instead of raising with their names.
+
+        Source: starVLA, `QwenFast.py`, which has the range of their ids written down for two tokenizers; here they are
+        looked up.
+        """
+        tokens = _numbered(pattern, n_codes)
+        vocabulary = tokenizer.get_vocab()
+        missing = [token for token in tokens if token not in vocabulary]
+        if missing and not add:
+            raise ActionTokenError(
+                f"the tokenizer lacks {len(missing)} of the {n_codes} action tokens, such as {missing[:3]}: load the "
+                "tokenizer that was extended with them, give their pattern, or pass add=True for new ones"
+            )
+        if missing:
+            tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in missing])
+        ids = np.array(tokenizer.convert_tokens_to_ids(tokens))
+        return cls(ids, _end_id(tokenizer), "named", tuple(tokens))
+
+    def ending_with(self, tokenizer, end_token: str | None) -> ActionVocabulary:
+        """The same tokens with another one that closes an action; None for the tokenizer's end of sequence."""
+        return replace(self, end_token_id=_end_id(tokenizer, end_token), end_token=end_token)
 
     @classmethod
     def _added(cls, tokenizer, shape: tuple[int, ...], layout: str) -> ActionVocabulary:
@@ -145,7 +210,7 @@ class ActionVocabulary:
     @property
     def in_prompts(self) -> bool:
         """Whether the ids are words that a prompt may contain; elsewhere a prompt with one of them is refused."""
-        return self.layout == "tail"
+        return self.layout in ("tail", "pi0_fast")
 
     def table(self, dof: int) -> np.ndarray:
         """(dof, n_codes) id of each code in each dimension of an action."""
@@ -220,14 +285,14 @@ class ActionVocabulary:
                 f"the tokenizer does not belong to this action vocabulary: id {ids[i]} is {found[i]!r}, "
                 f"not {self.tokens[i]!r} ({len(wrong)} of {len(ids)} differ); load the tokenizer of the checkpoint"
             )
-        if _end_id(tokenizer) != self.end_token_id:
-            raise ActionTokenError(
-                f"actions end with id {self.end_token_id}, the tokenizer's end of sequence is {tokenizer.eos_token_id}"
-            )
+        end = _end_id(tokenizer, self.end_token)
+        if end != self.end_token_id:
+            what = "end of sequence" if self.end_token is None else repr(self.end_token)
+            raise ActionTokenError(f"actions end with id {self.end_token_id}, the tokenizer's {what} is {end}")
 
     def check_instruction(self, instruction: str) -> None:
         """Raise if a user's sentence contains the text of an added action token: it would become an action."""
-        if self.layout not in ("append", "per_dimension"):
+        if self.layout not in ("append", "per_dimension", "named"):
             return  # words and reserved tokens are found by their ids, once the prompt is made of ids
         hidden = [token for token in self.tokens if token in instruction]
         if hidden:
@@ -240,12 +305,14 @@ class ActionVocabulary:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values; inverse of `from_dict`."""
         ids, tokens = self.token_ids.tolist(), list(self.tokens)
-        return {"layout": self.layout, "end_token_id": self.end_token_id, "token_ids": ids, "tokens": tokens}
+        values = {"layout": self.layout, "end_token_id": self.end_token_id, "token_ids": ids, "tokens": tokens}
+        return values if self.end_token is None else {**values, "end_token": self.end_token}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ActionVocabulary:
         """Read what `to_dict` wrote."""
-        return cls(np.array(values["token_ids"]), values["end_token_id"], values["layout"], tuple(values["tokens"]))
+        ids, tokens = np.array(values["token_ids"]), tuple(values["tokens"])
+        return cls(ids, values["end_token_id"], values["layout"], tokens, values.get("end_token"))
 
     def __eq__(self, other) -> bool:
         return isinstance(other, ActionVocabulary) and self.to_dict() == other.to_dict()
@@ -258,7 +325,45 @@ def _texts(tokenizer, ids) -> tuple[str, ...]:
     return tuple(text or "" for text in tokenizer.convert_ids_to_tokens([int(i) for i in ids]))
 
 
-def _end_id(tokenizer) -> int:
+def _end_id(tokenizer, end_token: str | None = None) -> int:
+    if end_token is not None:
+        found = tokenizer.get_vocab().get(end_token)
+        if found is None:
+            raise ActionTokenError(f"the tokenizer has no token {end_token!r} to close an action with")
+        return int(found)
     if tokenizer.eos_token_id is None:
         raise ActionTokenError("the tokenizer has no end-of-sequence token, which closes an action; set eos_token")
     return int(tokenizer.eos_token_id)
+
+
+def _refuse_special(tokenizer, ids) -> None:
+    special = sorted(set(tokenizer.all_special_ids) & {int(i) for i in ids})
+    if special:
+        raise ActionTokenError(
+            f"ids {special[:5]} are special tokens ({tokenizer.convert_ids_to_tokens(special[:5])}), not to spare"
+        )
+
+
+def _paligemma_size(tokenizer) -> int:
+    """Size of PaliGemma's own vocabulary: up to `<seg127>`, with 1024 places in front of the 128 segmentation tokens."""
+    known = tokenizer.get_vocab()
+    last = known.get(PALIGEMMA_LAST)
+    if last is None or known.get("<loc1023>") != last - PALIGEMMA_SKIPPED or known.get("<loc0000>") != last - 1151:
+        raise ActionTokenError(
+            f"this is not PaliGemma's tokenizer ({PALIGEMMA_LAST} with <loc0000>..<loc1023> in front of it are not where "
+            "they belong): pass vocab_size, or use the layout 'append'"
+        )
+    return int(last) + 1
+
+
+def _numbered(pattern: str, n_codes: int) -> list[str]:
+    try:
+        tokens = [pattern.format(code) for code in range(n_codes)]
+    except (IndexError, KeyError, ValueError, AttributeError):
+        tokens = []
+    if n_codes < 1 or len(set(tokens)) != n_codes:
+        raise ActionTokenError(
+            f"a pattern has one {{}} for the number of a code, such as '<robot_action_{{}}>', got {pattern!r} for "
+            f"{n_codes} codes"
+        )
+    return tokens
