@@ -81,16 +81,19 @@ class ChunkDataset:
             "step": row - int(self._starts[item]),
         }
 
-    def actions_only(self) -> tuple[np.ndarray, np.ndarray]:
-        """All chunks at once, no picture touched.
+    def actions_only(self, items: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Chunks at once, no picture touched.
+
+        Args:
+            items: (n,) which ones; all if None.
 
         Returns:
             actions: (n, horizon, dof) float64, real units, in the order of the items.
             action_pad_mask: (n, horizon) bool, True = real.
         """
-        return self._chunks(slice(None))
+        return self._chunks(slice(None) if items is None else items)
 
-    def _chunks(self, which: slice) -> tuple[np.ndarray, np.ndarray]:
+    def _chunks(self, which: slice | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         rows = self._rows[which, None] + np.arange(self.horizon)
         stops = self._stops[which, None]
         return self.dataset.actions[np.minimum(rows, stops - 1)], rows < stops
