@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from transformers import LogitsProcessor
 
-from hf_vla_actions.decoding.fast_box import Box, BoxTables
+from hf_vla_actions.decoding.fast_box import Box, Sums
+from hf_vla_actions.decoding.fast_box_tables import BoxTables
 from hf_vla_actions.decoding.fast_states import (
     NEVER,
     Automaton,
@@ -83,10 +84,11 @@ class FASTLogitsProcessor(LogitsProcessor):
             would change the sums: give `lower` and `upper` too.
         lower: (horizon, dof), (samples, horizon, dof) or broadcastable to these: no decoded value is below; normalized.
         upper: the same for the other side.
+        sums: limits on weighted sums over the steps of each dimension, such as changes and positions; normalized.
         speculative: tokens that were guessed and will be thrown away may come before the one to score (prompt lookup):
             after ones that are no beginning of a chunk, anything is allowed instead of an error.
 
-    With `lower` or `upper`, a token is allowed only if the chunk stays within them should all coefficients after it be
+    With `lower`, `upper` or `sums`, a token is allowed only if the chunk stays within them should all coefficients after it be
     those of a fixed backup: 0, or a constant action within the limits where standing at 0 is not allowed. A value closer
     to a limit than 1e-9 counts as beyond it, so that no rounding on the way to the robot can carry it there.
 
@@ -109,6 +111,7 @@ class FASTLogitsProcessor(LogitsProcessor):
         dc_ranges=None,
         lower=None,
         upper=None,
+        sums: Sums | None = None,
         speculative: bool = False,
     ):
         if isinstance(vocabulary, ActionVocabulary):
@@ -137,8 +140,8 @@ class FASTLogitsProcessor(LogitsProcessor):
             raise ConstraintError(f"chunks of {horizon} x {dof} values are too long for one sequence of tokens")
         ranges = _ranges(dc_ranges, self.dof)
         self.box = None
-        if lower is not None or upper is not None:
-            self.box = Box.of(lower, upper, ranges, tokenizer, self.automaton, self.horizon, self.dof)
+        if lower is not None or upper is not None or sums is not None:
+            self.box = Box.of(lower, upper, sums, ranges, tokenizer, self.automaton, self.horizon, self.dof)
         self.n_samples = max(1 if ranges is None else len(ranges), 1 if self.box is None else len(self.box.lower))
         self._needed, self._shared = self._count_tokens(ranges)
         self._tables: dict[torch.device, _Tables] = {}
