@@ -392,12 +392,12 @@ def test_folder_that_is_no_dataset_raises(tmp_path, pristine):
 @pytest.mark.parametrize("version", ["v2.0", "v2.1", "v4.0", "v30"])
 def test_other_version_raises(broken, version):
     edit_info(broken, codebase_version=version)
-    refusal(lambda: LeRobotDataset(broken), f"LeRobotDataset {version};", "v3.0")
+    refusal(lambda: LeRobotDataset(broken), f"LeRobotDataset {version}, this class reads v3.0", "open_dataset")
 
 
 def test_the_real_v2_set_raises(shared):
     root = shared / "data/groot_demo_v2/demo_data/robot_sim.PickNPlace"
-    refusal(lambda: LeRobotDataset(root), "v2.0", "v3.0 is what can be read", "convert_dataset_v21_to_v30")
+    refusal(lambda: LeRobotDataset(root), "v2.0", "this class reads v3.0", "open_dataset")
 
 
 def test_info_that_is_no_json_or_lacks_something_raises(broken):

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from hf_vla_actions.data.lerobot import LeRobotDataset
+from hf_vla_actions.data.reader import EpisodeReader
 from hf_vla_actions.errors import DatasetError
 
 
@@ -31,7 +31,7 @@ class ChunkDataset:
     """
 
     def __init__(
-        self, dataset: LeRobotDataset, horizon: int, *, episodes: Iterable[int] | None = None, skip_first: int = 0
+        self, dataset: EpisodeReader, horizon: int, *, episodes: Iterable[int] | None = None, skip_first: int = 0
     ):
         if horizon < 1:
             raise DatasetError(f"horizon must be at least 1, got {horizon}")

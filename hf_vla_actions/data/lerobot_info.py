@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import difflib
 import json
-import re
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from hf_vla_actions.errors import DatasetError
 
+logger = logging.getLogger(__name__)
 NEEDED = ("codebase_version", "fps", "features", "data_path", "total_episodes", "total_frames")
 
 
 def read_info(root: Path) -> dict[str, Any]:
-    """Read `meta/info.json` of a dataset folder; anything but a complete v3.x one is an error.
+    """Read `meta/info.json` of a dataset folder; anything but a complete one is an error.
 
     Args:
         root: the dataset folder.
@@ -32,27 +33,57 @@ def read_info(root: Path) -> dict[str, Any]:
         inside = sorted(str(found.parent.parent) for found in root.glob("*/meta/info.json"))
         hint = f"; did you mean {inside[0]}?" if inside else ""
         raise DatasetError(f"{root} is no LeRobotDataset, it has no meta/info.json; {_listing(root)}{hint}")
-    try:
-        info = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DatasetError(f"{path} is not valid JSON, fetch it again: {error}") from error
-    if not isinstance(info, dict):
-        raise DatasetError(f"{path} must hold a JSON object, got {type(info).__name__}")
+    info = read_json(path)
     missing = [key for key in NEEDED if info.get(key) is None]
-    version = str(info.get("codebase_version"))
-    if "codebase_version" not in missing and not re.match(r"v?3(\.|$)", version):
-        raise DatasetError(
-            f"{root} is a LeRobotDataset {version}; v3.0 is what can be read: convert it with lerobot's "
-            f"convert_dataset_v21_to_v30"
-        )
     if missing:
         raise DatasetError(f"{path} lacks {missing}; it has {sorted(info)}")
     return info
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """Content of a JSON file that holds an object."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DatasetError(f"{path} is not valid JSON, fetch it again: {error}") from error
+    if not isinstance(content, dict):
+        raise DatasetError(f"{path} must hold a JSON object, got {type(content).__name__}")
+    return content
+
+
+def read_json_lines(path: Path, needed: Sequence[str]) -> list[dict[str, Any]]:
+    """Content of a file with one JSON object a line; blank lines count for nothing.
+
+    Args:
+        path: the file.
+        needed: keys that every line must have.
+    """
+    if not path.is_file():
+        raise DatasetError(
+            f"{path} is missing, though every dataset of this version has it; fetch the complete dataset"
+        )
+    lines = []
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DatasetError(f"{path} is no UTF-8 text from byte {error.start} on; fetch it again") from error
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            content = json.loads(line)
+        except ValueError as error:
+            raise DatasetError(f"{path}, line {number}, is not valid JSON, fetch it again: {error}") from error
+        missing = [key for key in needed if not isinstance(content, dict) or content.get(key) is None]
+        if missing:
+            raise DatasetError(f"{path}, line {number}, lacks {missing}: {line.strip()[:120]}")
+        lines.append(content)
+    return lines
+
+
 def is_camera(feature: dict[str, Any]) -> bool:
     """Whether a feature of info.json holds color pictures; depth maps are no cameras."""
-    facts = feature.get("info") or {}
+    facts = {**(feature.get("video_info") or {}), **(feature.get("info") or {})}  # v2.0 has the first name
     depth = facts.get("video.is_depth_map") or facts.get("is_depth_map")
     return feature.get("dtype") in ("image", "video") and not depth
 
@@ -73,6 +104,46 @@ def dimension_names(feature: dict[str, Any]) -> list[str] | None:
     if not isinstance(names, list) or len(names) != feature["shape"][0]:
         return None
     return [str(name) for name in names]
+
+
+def group_names(path: Path, section: str, key: str, length: int, names: Sequence[str] | None) -> list[str] | None:
+    """Names of dimensions by the groups of GR00T's `meta/modality.json`: `left_arm_0`, or `gripper` for a group of one.
+
+    Source: Isaac-GR00T, getting_started/data_preparation.md (groups of columns, end exclusive).
+
+    Args:
+        path: the file; it may be absent.
+        section: "action" or "state".
+        key: the feature, such as `action`.
+        length: its dimensions.
+        names: the dimensions' names so far, which those in no group keep.
+
+    Returns:
+        One name a dimension; `names` where there are no groups for this feature, or groups that overlap.
+    """
+    if not path.is_file():
+        return None if names is None else list(names)
+    groups = read_json(path).get(section) or {}
+    usual = {"action": "action", "state": "observation.state"}[section]
+    found: dict[int, str] = {}
+    for group, place in groups.items():
+        if (place.get("original_key") or usual) != key:
+            continue
+        start, stop = place.get("start"), place.get("end")
+        if not (isinstance(start, int) and isinstance(stop, int) and 0 <= start < stop <= length):
+            raise DatasetError(
+                f"{path} gives the {section} group {group!r} the dimensions {start} to {stop}, but {key!r} has {length}"
+            )
+        for dim in range(start, stop):
+            if dim in found:
+                logger.warning(
+                    "%s: group %r of %s overlaps another; the names of info.json stand", path, group, section
+                )
+                return None if names is None else list(names)
+            found[dim] = group if stop - start == 1 else f"{group}_{dim - start}"
+    if not found:
+        return None if names is None else list(names)
+    return [found.get(dim) or (names[dim] if names else f"{key}_{dim}") for dim in range(length)]
 
 
 def match_name(asked: str, possible: Sequence[str], what: str, root: Path) -> str:

@@ -53,6 +53,16 @@ class VideoReader:
         self._frames: Iterator[Any] = iter(())
         self._recent: deque[Any] = deque(maxlen=4)  # consecutive decoded frames
 
+    @property
+    def n_frames(self) -> int | None:
+        """Frames that the file says it has; None where it does not say."""
+        return self._stream.frames or None
+
+    @property
+    def start(self) -> float:
+        """Seconds at which the first frame stands."""
+        return float((self._stream.start_time or 0) * self._stream.time_base)
+
     def frame(self, seconds: float, tolerance: float) -> Image.Image:
         """The frame nearest to a time.
 

@@ -33,7 +33,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     options.add_argument("--policy", required=True, help="folder or Hub repository of a policy or of an adapter")
-    options.add_argument("--dataset", help="LeRobotDataset v3.0 to take the frame from")
+    options.add_argument("--dataset", help="dataset to take the frame from: LeRobot v2.0 to v3.0, or RLDS")
     options.add_argument("--episode", type=int, default=0, help="episode of the dataset (default: %(default)s)")
     options.add_argument("--step", type=int, default=0, help="step within the episode (default: %(default)s)")
     options.add_argument("--cameras", nargs="+", help="cameras (default: those of the training, else all)")
@@ -121,9 +121,9 @@ def _frame(args: argparse.Namespace, config: ActionConfig) -> tuple[list[Any], s
             return [Image.open(file).convert("RGB") for file in args.image], args.instruction, None
         except (OSError, UnidentifiedImageError) as error:
             raise VLAActionsError(f"no picture can be read: {error}") from None
-    from hf_vla_actions.data import LeRobotDataset
+    from hf_vla_actions.data import open_dataset
 
-    dataset = LeRobotDataset(
+    dataset = open_dataset(
         args.dataset, cameras=args.cameras or list(config.cameras) or None, action_key=args.action_key
     )
     episodes = {episode.index: episode for episode in dataset.episodes}

@@ -21,7 +21,7 @@ from hf_vla_actions.train.run import fine_tune, prepare_output
 from hf_vla_actions.train.setup import chunk_datasets, load_policy, open_dataset
 
 DESCRIPTION = """\
-Fine-tune a vision-language model into a robot policy on a LeRobotDataset v3.0.
+Fine-tune a vision-language model into a robot policy on a dataset (LeRobot v2.0 to v3.0, or RLDS).
 
 example, LoRA on every GPU of the machine:
   accelerate launch -m hf_vla_actions.train --model_name_or_path llava-hf/llava-1.5-7b-hf --dataset ./my_robot \\

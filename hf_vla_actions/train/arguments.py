@@ -73,7 +73,7 @@ class ModelArguments:
 class DataArguments:
     """Which dataset, and what its numbers mean."""
 
-    dataset: str = field(metadata={"help": "Folder of a LeRobotDataset v3.0."})
+    dataset: str = field(metadata={"help": "Folder of a dataset: LeRobot v2.0 to v3.0, or RLDS."})
     unnorm_key: str | None = field(
         default=None, metadata={"help": "Name of the statistics in the checkpoint. Default: the folder's name."}
     )

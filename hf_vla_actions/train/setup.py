@@ -13,7 +13,8 @@ from transformers.utils import cached_file
 from hf_vla_actions.actions import ActionSpace, ActionStats, Gripper, NormStats
 from hf_vla_actions.config import DEFAULT_PROMPT, ActionConfig
 from hf_vla_actions.config import FILE_NAME as ACTION_CONFIG_FILE
-from hf_vla_actions.data import ChunkDataset, LeRobotDataset
+from hf_vla_actions.data import ChunkDataset, EpisodeReader
+from hf_vla_actions.data import open_dataset as open_path
 from hf_vla_actions.errors import TrainingError
 from hf_vla_actions.models import load_model, to_vla
 from hf_vla_actions.models.adapter import share_statistics
@@ -29,12 +30,12 @@ logger = logging.getLogger(__name__)
 DEFAULT_BINS = 256
 
 
-def open_dataset(args: DataArguments) -> LeRobotDataset:
+def open_dataset(args: DataArguments) -> EpisodeReader:
     """Open the dataset that the options name."""
-    return LeRobotDataset(args.dataset, cameras=args.cameras, action_key=args.action_key)
+    return open_path(args.dataset, cameras=args.cameras, action_key=args.action_key)
 
 
-def split_episodes(dataset: LeRobotDataset, eval_fraction: float, seed: int) -> tuple[list[int], list[int]]:
+def split_episodes(dataset: EpisodeReader, eval_fraction: float, seed: int) -> tuple[list[int], list[int]]:
     """Episodes to train on and to hold out; whole episodes, chosen by the seed."""
     if not 0.0 <= eval_fraction < 1.0:
         raise TrainingError(f"eval_fraction is a share from 0 to below 1, got {eval_fraction}")
@@ -48,7 +49,7 @@ def split_episodes(dataset: LeRobotDataset, eval_fraction: float, seed: int) -> 
     return sorted(shuffled[n_held_out:].tolist()), sorted(shuffled[:n_held_out].tolist())
 
 
-def chunk_datasets(dataset: LeRobotDataset, args: DataArguments, horizon: int, seed: int):
+def chunk_datasets(dataset: EpisodeReader, args: DataArguments, horizon: int, seed: int):
     """The chunks to train on (some of them slowed, with `augment_limits`), and those of held-out episodes or None."""
     train, held_out = split_episodes(dataset, args.eval_fraction, seed)
     chunks: list[Any] = [
@@ -60,7 +61,7 @@ def chunk_datasets(dataset: LeRobotDataset, args: DataArguments, horizon: int, s
     return chunks[0], chunks[1]
 
 
-def space_of(dataset: LeRobotDataset, args: DataArguments) -> ActionSpace:
+def space_of(dataset: EpisodeReader, args: DataArguments) -> ActionSpace:
     """The action space that the dataset and the options declare; what nobody says stays unknown."""
     names = args.action_names or dataset.action_names
     if names is None:
@@ -76,7 +77,7 @@ def space_of(dataset: LeRobotDataset, args: DataArguments) -> ActionSpace:
     delta: list[bool | None] = [None if args.action_kind is None else args.action_kind == "delta"] * len(names)
     if gripper is not None and delta[0] is not None:
         delta[ActionSpace(names).index(gripper.dim)] = False
-    return ActionSpace(names, units, tuple(delta), args.action_frame, gripper, float(dataset.fps))
+    return ActionSpace(names, units, tuple(delta), args.action_frame, gripper, dataset.fps)
 
 
 def _gripper(names: list[str], args: DataArguments) -> Gripper | None:
@@ -106,7 +107,7 @@ def check_gripper(values: np.ndarray, gripper: Gripper) -> None:
         )
 
 
-def stats_of(dataset: LeRobotDataset, space: ActionSpace, episodes: list[int], mode: str) -> dict[str, Any]:
+def stats_of(dataset: EpisodeReader, space: ActionSpace, episodes: list[int], mode: str) -> dict[str, Any]:
     """An entry for NormStats from the actions and states of some episodes.
 
     The gripper is not normalized if its two states lie within [-1, 1], where the bins are.
@@ -131,7 +132,7 @@ def stats_of(dataset: LeRobotDataset, space: ActionSpace, episodes: list[int], m
 
 
 def load_policy(
-    model_args: ModelArguments, data_args: DataArguments, dataset: LeRobotDataset, seed: int
+    model_args: ModelArguments, data_args: DataArguments, dataset: EpisodeReader, seed: int
 ) -> tuple[Any, str]:
     """Load the model and make it a policy for the dataset; return it with its `unnorm_key`.
 
@@ -215,7 +216,7 @@ def _check_recipe(name: str | None, model_type: str) -> None:
         )
 
 
-def _check_openvla(config: dict[str, Any], data_args: DataArguments, dataset: LeRobotDataset) -> None:
+def _check_openvla(config: dict[str, Any], data_args: DataArguments, dataset: EpisodeReader) -> None:
     """Refuse what an OpenVLA checkpoint has no place for: its readers would silently take it for something else."""
     if config.get("oft"):
         raise TrainingError(
