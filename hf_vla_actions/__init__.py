@@ -15,6 +15,7 @@ _HOME = {
     "BinGrid": "actions",
     "Gripper": "actions",
     "NormStats": "actions",
+    "RunningStats": "actions",
     "ActionVocabulary": "tokenizers",
     "FASTActionTokenizer": "tokenizers",
     "UniformActionTokenizer": "tokenizers",
@@ -45,7 +46,7 @@ __all__ = ["__version__", *_HOME, *_ROOMS]
 
 if TYPE_CHECKING:
     from hf_vla_actions import constraints as constraints
-    from hf_vla_actions.actions import ActionSpace, ActionStats, BinGrid, Gripper, NormStats
+    from hf_vla_actions.actions import ActionSpace, ActionStats, BinGrid, Gripper, NormStats, RunningStats
     from hf_vla_actions.config import ActionConfig
     from hf_vla_actions.constraints import Context
     from hf_vla_actions.decoding import FASTLogitsProcessor, TACOLogitsProcessor, TACOLoss, taco_loss

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from hf_vla_actions.actions import ActionStats
+from hf_vla_actions.actions import ActionStats, RunningStats
 from hf_vla_actions.errors import StatsError
 
 finite = st.floats(-1e3, 1e3, allow_nan=False)
@@ -113,3 +113,75 @@ def test_values_that_do_not_fit_raise(bad):
 def test_empty_data_raises():
     with pytest.raises(StatsError, match="rows"):
         ActionStats.compute(np.zeros((0, 7)))
+
+
+def test_computed_statistics_merge_to_those_of_the_whole():
+    rows = np.random.default_rng(0).normal(size=(90, 3))
+    mask = [True, False, True]
+    parts = [ActionStats.compute(part, mask=mask, mode="normal") for part in (rows[60:], rows[:20], rows[20:60])]
+    whole = ActionStats.compute(rows, mask=mask, mode="normal")
+    assert parts[0].merge(parts[1]).merge(parts[2]) == whole == parts[1].merge(parts[0].merge(parts[2]))
+    np.testing.assert_array_equal(whole.quantile([0.1, 0.5]), np.quantile(rows, [0.1, 0.5], axis=0))
+
+
+def test_what_runs_on_changes_no_statistics():
+    running = RunningStats()
+    running.update([[1.0], [2.0]])
+    stats = running.to_stats()
+    running.update([[50.0]])
+    assert stats.quantile(1.0) == stats.max == 2.0
+    assert stats.merge(running.to_stats()).count == 5
+
+
+def test_statistics_from_a_file_cannot_be_merged_raises():
+    stats = ActionStats.compute(np.random.default_rng(0).normal(size=(30, 2)))
+    read = ActionStats.from_dict(stats.to_dict())
+    for one, other in ((read, stats), (stats, read)):
+        with pytest.raises(StatsError, match="hf-vla stats --merge"):
+            one.merge(other)
+    assert read.quantile(0.01).tolist() == stats.q01.tolist()
+    assert read.quantile([0.99, 1]).tolist() == [stats.q99.tolist(), stats.max.tolist()]
+    with pytest.raises(StatsError, match=r"\[0.0, 0.01, 0.99, 1.0\]"):
+        read.quantile(0.5)
+
+
+@pytest.mark.parametrize("change", [{"mode": "normal"}, {"mask": [True, False]}, {"array": np.ones((2, 3))}])
+def test_statistics_of_other_use_do_not_merge_raises(change):
+    rows = np.random.default_rng(0).normal(size=(30, 2))
+    with pytest.raises(StatsError):
+        ActionStats.compute(rows).merge(ActionStats.compute(**{"array": rows, **change}))
+
+
+@pytest.mark.parametrize("mode", ["bounds_q99", "bounds", "normal"])
+def test_every_step_of_a_chunk_is_normalized_by_its_own(mode):
+    chunks = np.random.default_rng(0).normal(size=(80, 4, 3)) * np.arange(1, 5)[:, None]
+    chunks[:, 0, 1] = 5.0  # constant at the first step only
+    running = RunningStats()
+    running.update(chunks)
+    stats = running.to_stats(mask=[True, True, False], mode=mode)
+    assert (stats.horizon, stats.dof, stats.count) == (4, 3, 80)
+    normalized = stats.normalize(chunks.reshape(8, 10, 4, 3)).reshape(80, 4, 3)
+    for step in range(4):
+        one = ActionStats.compute(chunks[:, step], mask=[True, True, False], mode=mode)
+        np.testing.assert_array_equal(normalized[:, step], one.normalize(chunks[:, step]))
+        np.testing.assert_array_equal(stats.unnormalize(normalized)[:, step], one.unnormalize(normalized[:, step]))
+    assert stats.constant.tolist() == [[False, True, False]] + [[False] * 3] * 3
+    assert ActionStats.from_dict(stats.to_dict()) == stats
+    assert stats.range_text().count("..") == 3
+    for bad in (chunks[:, :3], chunks[0, 0], chunks[..., :2]):
+        with pytest.raises(StatsError, match="do not fit"):
+            stats.normalize(bad)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"q01": [[0.0], [0.0]], "q99": [[1.0]]}, "different sizes"),
+        ({"q01": [[0.0, 0.0]], "q99": [[1.0, 1.0]], "mask": [[True, True]]}, "mask must be a vector"),
+        ({"q01": [[[0.0]]], "q99": [[[1.0]]]}, "horizon, dof"),
+        ({"q01": [[0.0], [2.0]], "q99": [[1.0], [1.0]]}, r"in dimensions \[\[1, 0\]\]"),
+    ],
+)
+def test_malformed_statistics_of_chunks_raise(fields, message):
+    with pytest.raises(StatsError, match=message):
+        ActionStats(**fields)
