@@ -208,3 +208,43 @@ def plot_energy(shares: np.ndarray, names: Sequence[str], ax=None):
     ax.legend(frameon=False, fontsize=8, ncols=2)
     ax.spines[["top", "right"]].set_visible(False)
     return ax
+
+
+def plot_action_histograms(actions: np.ndarray, dimensions, ax=None, *, n_bins: int | None = None):
+    """How the values of each dimension are spread, and what normalization cuts off.
+
+    Args:
+        actions: (n, dof) real units; rows that are not finite are left out.
+        dimensions: (dof) entries with `name`, `unit`, `low`, `high` (what becomes -1 and 1) and `clipped`.
+        ax: (dof,) Axes to draw on.
+        n_bins: also draw the edges of that many equal bins of the normalized range.
+
+    Returns:
+        (dof,) array of Axes.
+    """
+    rows = np.asarray(actions, dtype=np.float64)
+    rows = rows[np.isfinite(rows).all(axis=1)]
+    if rows.ndim != 2 or not len(rows) or rows.shape[1] != len(dimensions):
+        raise VLAActionsError(f"actions are (n, {len(dimensions)}) with a finite row, got shape {rows.shape}")
+    if ax is None:
+        columns = min(4, len(dimensions))
+        lines = -(-len(dimensions) // columns)
+        _, axes = new_figure(lines, columns, figsize=(3.1 * columns, 2.3 * lines), squeeze=False)
+        for empty in axes.ravel()[len(dimensions) :]:
+            empty.remove()
+        ax = axes.ravel()[: len(dimensions)]
+    panels = np.asarray(ax).ravel()
+    for panel, column, d in zip(panels, rows.T, dimensions, strict=True):
+        panel.hist(column, bins=60, color="C0", log=True)
+        left, right = min(column.min(), d.low), max(column.max(), d.high)
+        if n_bins and d.high > d.low:
+            edges = np.linspace(d.low, d.high, n_bins + 1)
+            panel.vlines(edges, 0, 0.05, transform=panel.get_xaxis_transform(), color="0.3", lw=0.5)
+        for edge, end in ((d.low, left), (d.high, right)):
+            panel.axvline(edge, color="C3", lw=1, ls="--")
+            panel.axvspan(*sorted((edge, end)), color="C3", alpha=0.12, lw=0)
+        panel.set_xlabel(f"{d.name} [{d.unit}]" if d.unit else d.name)
+        panel.set_title(f"{d.clipped:.1%} outside", fontsize=8, loc="left", color="C3" if d.clipped else "0.4")
+        panel.locator_params(axis="x", nbins=4)
+        panel.spines[["top", "right"]].set_visible(False)
+    return panels
