@@ -116,6 +116,37 @@ def test_real_chunks_drop_the_first_action_of_each_episode(shared):
     np.testing.assert_array_equal(np.asarray(item["images"][0]), np.asarray(dataset.frame(11, "image_0")))
 
 
+@settings(deadline=None, max_examples=40)
+@given(history=st.integers(1, 10), skip_first=st.integers(0, 2), item=st.integers(0, 6))
+def test_the_past_is_that_of_a_slow_loop(dataset, history, skip_first, item):
+    chunks = ChunkDataset(dataset, 2, episodes=[2, 0], skip_first=skip_first, history=history)
+    one, none = chunks[item], ChunkDataset(dataset, 2, episodes=[2, 0], skip_first=skip_first)[item]
+    episode = dataset.episodes[one["episode"]]
+    rows, real = [], []
+    for back in range(history, 0, -1):
+        step = one["step"] - back
+        real.append(step >= skip_first)
+        rows.append(episode.start + max(step, skip_first))
+    assert one["past_pad_mask"].tolist() == real
+    assert one["past_actions"].tolist() == dataset.actions[rows].tolist()
+    assert one["past_proprio"].tolist() == dataset.states[rows].tolist()
+    seen = [[image.getpixel((0, 0))[0] for image in images] for images in one["past_images"]]
+    assert seen == [[row, 100 + row] for row in rows]
+    assert not set(none) & {"past_images", "past_actions", "past_proprio", "past_pad_mask"}
+    assert all(np.array_equal(one[key], none[key]) for key in ("actions", "action_pad_mask", "proprio", "step"))
+
+
+def test_items_name_the_statistics_that_they_belong_to(dataset):
+    assert ChunkDataset(dataset, 2)[0]["unnorm_key"] == "set"
+    assert ChunkDataset(dataset, 2, unnorm_key="arm")[0]["unnorm_key"] == "arm"
+
+
+def test_the_past_of_a_dataset_without_states_has_none(dataset):
+    item = ChunkDataset(LeRobotDataset(dataset.root, state_key=None), 2, history=2)[0]
+    assert item["past_proprio"] is None
+    assert item["past_pad_mask"].tolist() == [False, False]
+
+
 def test_batches_of_a_dataloader_hold_every_chunk_once(dataset):
     data = pytest.importorskip("torch.utils.data")
     loader = data.DataLoader(ChunkDataset(dataset, 2), batch_size=4, shuffle=True, collate_fn=list)
@@ -128,6 +159,7 @@ def test_batches_of_a_dataloader_hold_every_chunk_once(dataset):
     [
         ({"horizon": 0}, "horizon must be at least 1, got 0"),
         ({"horizon": 1, "skip_first": -1}, "skip_first must be at least 0, got -1"),
+        ({"horizon": 1, "history": -1}, "history must be at least 0, got -1"),
         ({"horizon": 1, "episodes": [0, 4]}, r"episodes \[4\] are not in .* has 4 episodes, from 0 to 3"),
         ({"horizon": 1, "episodes": []}, "no step is left of 0 episodes"),
         ({"horizon": 1, "skip_first": 8}, "no step is left of 4 episodes .* skip_first=8; their longest has 8 steps"),

@@ -22,24 +22,41 @@ class ChunkDataset:
         proprio: (state_dim,) float64, or None where the dataset has no states.
         episode: int, `Episode.index`.
         step: int, steps since the episode's start.
+        unnorm_key: str, which statistics the numbers belong to.
+    With `history`, for policies that see a window of the past, also:
+        past_images: one list of pictures for each past step, the oldest first.
+        past_actions: (history, dof) float64, real units.
+        past_proprio: (history, state_dim) float64, or None.
+        past_pad_mask: (history,) bool, True = real, False = before the episode's first step, which stands there again.
 
     Args:
         dataset: the reader.
         horizon: actions in one chunk, at least 1.
         episodes: indices of the episodes to use (`Episode.index`), in this order; all of them if None.
-        skip_first: steps left out at the start of every episode (BridgeData's first action is no action: 1 there).
+        skip_first: steps left out at the start of every episode (BridgeData's first action is no action: 1 there); no
+            history reaches into them.
+        history: steps before the current one that an item brings along.
+        unnorm_key: name of the statistics that belong to the numbers; None for the dataset's name.
     """
 
     def __init__(
-        self, dataset: EpisodeReader, horizon: int, *, episodes: Iterable[int] | None = None, skip_first: int = 0
+        self,
+        dataset: EpisodeReader,
+        horizon: int,
+        *,
+        episodes: Iterable[int] | None = None,
+        skip_first: int = 0,
+        history: int = 0,
+        unnorm_key: str | None = None,
     ):
-        if horizon < 1:
-            raise DatasetError(f"horizon must be at least 1, got {horizon}")
-        if skip_first < 0:
-            raise DatasetError(f"skip_first must be at least 0, got {skip_first}")
+        for name, value, least in (("horizon", horizon, 1), ("skip_first", skip_first, 0), ("history", history, 0)):
+            if value < least:
+                raise DatasetError(f"{name} must be at least {least}, got {value}")
         self.dataset = dataset
         self.horizon = horizon
         self.skip_first = skip_first
+        self.history = history
+        self.unnorm_key = dataset.name if unnorm_key is None else unnorm_key
         by_index = {episode.index: episode for episode in dataset.episodes}
         self.episodes = tuple(by_index) if episodes is None else tuple(int(index) for index in episodes)
         unknown = [index for index in self.episodes if index not in by_index]
@@ -71,14 +88,33 @@ class ChunkDataset:
         actions, mask = self._chunks(slice(item, item + 1 or None))
         row = int(self._rows[item])
         states = self.dataset.states
+        start = int(self._starts[item])
         return {
-            "images": [self.dataset.frame(row, camera) for camera in self.dataset.cameras],
+            "images": self._images(row),
             "instruction": self.dataset.instruction(row),
             "actions": actions[0],
             "action_pad_mask": mask[0],
             "proprio": None if states is None else states[row].copy(),
             "episode": int(self._episode_index[item]),
-            "step": row - int(self._starts[item]),
+            "step": row - start,
+            "unnorm_key": self.unnorm_key,
+            **(self._past(row, start + self.skip_first) if self.history else {}),
+        }
+
+    def _images(self, row: int) -> list[Any]:
+        return [self.dataset.frame(row, camera) for camera in self.dataset.cameras]
+
+    def _past(self, row: int, first: int) -> dict[str, Any]:
+        """What came before `row`; before `first`, the first step stands again."""
+        rows = np.arange(row - self.history, row)
+        real, rows = rows >= first, np.maximum(rows, first)
+        seen = {old: self._images(old) for old in dict.fromkeys(rows.tolist())}
+        states = self.dataset.states
+        return {
+            "past_images": [seen[old] for old in rows.tolist()],
+            "past_actions": self.dataset.actions[rows],
+            "past_proprio": None if states is None else states[rows],
+            "past_pad_mask": real,
         }
 
     def actions_only(self, items: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
