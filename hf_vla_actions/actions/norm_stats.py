@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-import json
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,6 +13,7 @@ from hf_vla_actions.actions.stats import ActionStats
 from hf_vla_actions.errors import StatsError, UnnormKeyError
 
 FILE_NAME = "dataset_statistics.json"
+logger = logging.getLogger(__name__)
 
 
 class NormStats(Mapping):
@@ -67,28 +68,46 @@ class NormStats(Mapping):
         raise UnnormKeyError(f"unnorm_key {unnorm_key!r} is not among the statistics: {self.describe()}.{hint}")
 
     @classmethod
-    def from_file(cls, path: str | os.PathLike, key: str | None = None) -> NormStats:
-        """Read OpenVLA's `dataset_statistics.json` or `config.json`, or one dataset's part of such a file.
+    def from_file(
+        cls,
+        path: str | os.PathLike,
+        key: str | None = None,
+        format: str | None = None,
+        mode: str | None = None,
+        dof: int | None = None,
+    ) -> NormStats:
+        """Read any statistics file of the field, or that of a dataset, checkpoint or policy folder.
 
         Args:
-            path: the file, or a folder that holds `dataset_statistics.json`.
-            key: the `unnorm_key` for a file that describes one dataset without naming it; an error for others.
+            path: a file or a folder.
+            key: the `unnorm_key` for a file that describes one dataset without naming it, or the one to read of several.
+            format: one of `hf_vla_actions.actions.formats.FORMATS`; detected by content if None.
+            mode: how the statistics are used, where the file does not say; what its users do by default if None, and the
+                log says so.
+            dof: dimensions, for formats of scalars.
 
-        p01/p99 (Octo) are read as q01/q99. Statistics without "mask" normalize every dimension.
+        What must be known before use is logged as a warning; `read_stats` of that module returns it, with names.
         """
-        path = Path(path)
-        path = path / FILE_NAME if path.is_dir() else path
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise StatsError(f"no statistics file at {path}") from None
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise StatsError(f"{path} cannot be read as JSON: {error}") from None
-        return cls.from_dict(content, key=key, source=str(path))
+        from hf_vla_actions.actions.formats import read_stats
+
+        file = read_stats(path, key=key, format=format, mode=mode, dof=dof)
+        for text in file.warnings:
+            logger.warning("%s: %s", path, text)
+        for text in file.notes:
+            logger.info("%s: %s", path, text)
+        return file.stats
 
     @classmethod
     def from_dict(cls, content: Any, key: str | None = None, source: str = "the statistics") -> NormStats:
-        """Read the content of a statistics file; see `from_file`."""
+        """Read what `to_dict` wrote, OpenVLA's or Octo's datasets, also as `norm_stats` of a config.json.
+
+        Args:
+            content: the datasets, or one entry alone.
+            key: the `unnorm_key` of one entry alone; an error for others.
+            source: what `content` is, for messages.
+
+        p01/p99 (Octo) are read as q01/q99. Statistics without "mask" normalize every dimension.
+        """
         if isinstance(content, dict) and isinstance(content.get("norm_stats"), dict):
             content = content["norm_stats"]
         if not isinstance(content, dict) or not content:
@@ -121,15 +140,20 @@ class NormStats(Mapping):
                 content[key]["num_trajectories"] = entry["num_trajectories"]
         return content
 
-    def save(self, path: str | os.PathLike) -> Path:
-        """Write `dataset_statistics.json` as OpenVLA reads it, into a folder or to a file; return its path."""
-        path = Path(path)
-        path = path / FILE_NAME if path.suffix != ".json" else path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(json.dumps(self.to_dict(), indent=2), encoding="utf-8")
-        os.replace(temporary, path)
-        return path
+    def save(
+        self, path: str | os.PathLike, format: str = "openvla", key: str | None = None, lossy: bool = False
+    ) -> Path:
+        """Write a statistics file of the field and return its path.
+
+        Args:
+            path: a file, or a folder, in which the format's own file name is used (`dataset_statistics.json`).
+            format: one of `hf_vla_actions.actions.formats.FORMATS`; "hf_vla" holds everything.
+            key: the dataset to write, for formats of one.
+            lossy: write what the format can hold, and log what is lost, instead of an error.
+        """
+        from hf_vla_actions.actions.formats import write_stats
+
+        return write_stats(self, path, format, key=key, lossy=lossy)[0]
 
 
 def _is_entry(content: dict) -> bool:
