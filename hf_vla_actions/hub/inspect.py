@@ -16,6 +16,8 @@ from hf_vla_actions.config import FILE_NAME as ACTION_CONFIG_FILE
 from hf_vla_actions.config import ActionConfig
 from hf_vla_actions.errors import CheckpointError, VLAActionsError, one_line_errors
 from hf_vla_actions.hub.adapters import read_adapter
+from hf_vla_actions.hub.inspect_dataset import is_dataset
+from hf_vla_actions.hub.inspect_dataset import main as inspect_dataset
 from hf_vla_actions.hub.meaning import check_rows, openvla_tokens, read_datasets, tokens_of
 from hf_vla_actions.hub.report import Adapter, Dataset, Report, Tokens, Weights
 from hf_vla_actions.hub.source import Header, Source
@@ -35,6 +37,7 @@ EPILOG = """\
 example:
   hf-vla inspect ./policy
   hf-vla inspect openvla/openvla-7b --json
+  hf-vla inspect ./my_robot --action_kind delta --figure numbers.png
 
 exit status: 0 if nothing speaks against running it, 1 if something does, 2 if there is nothing to inspect
 """
@@ -334,7 +337,8 @@ def parser() -> argparse.ArgumentParser:
     """The options."""
     options = argparse.ArgumentParser(
         prog="hf-vla inspect",
-        description="Say what is in a model, a policy or an adapter, and whether it is safe to run. No weight is loaded.",
+        description="Say what is in a model, a policy or an adapter, and whether it is safe to run. No weight is loaded. The "
+        "folder of a dataset has options of its own: hf-vla inspect DATASET --help.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -346,7 +350,10 @@ def parser() -> argparse.ArgumentParser:
 
 @one_line_errors
 def main(argv: list[str] | None = None) -> int:
-    """Inspect, print; returns 0 if it is safe to run, 1 if not."""
+    """Inspect, print; returns 0 if it is safe to run (or to train on), 1 if not."""
+    argv = sys.argv[1:] if argv is None else argv
+    if any(is_dataset(word) for word in argv if not word.startswith("-")):
+        return inspect_dataset(argv)
     args = parser().parse_args(argv)
     report = inspect_checkpoint(args.checkpoint, **({"revision": args.revision} if args.revision else {}))
     sys.stdout.write(json.dumps(report.to_dict(), indent=1) + "\n" if args.json else report.text())
