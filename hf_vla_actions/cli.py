@@ -20,9 +20,14 @@ COMMANDS = {
         "compare action tokenizers on a dataset: tokens, millimeters, degrees",
     ),
     "predict": ("hf_vla_actions.models.predict", "print the action of a policy for one frame, free and constrained"),
+    "stats": ("hf_vla_actions.data.stats_command", "true quantiles of robot data, in parts if you like"),
     "inspect": ("hf_vla_actions.hub.inspect", "what is in a checkpoint, and whether it is safe to run"),
+    "convert-stats": (
+        "hf_vla_actions.actions.formats_command",
+        "statistics from one format of the field to another, with what they mean",
+    ),
     "fit-fast": (
-        "hf_vla_actions.decoding.fast_fit",
+        "hf_vla_actions.train.fit_fast",
         "fit a FAST action tokenizer to a dataset, for a wanted precision",
     ),
 }

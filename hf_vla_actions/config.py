@@ -22,6 +22,7 @@ from hf_vla_actions.tokenizers import (
     UniformActionTokenizer,
     VQActionTokenizer,
 )
+from hf_vla_actions.tokenizers.fast_length import fewest_codes
 
 FILE_NAME = "action_config.json"
 FORMAT_VERSION = 1
@@ -52,6 +53,8 @@ class ActionConfig:
         limits: constraints of the robot that hold always, whatever a call asks for (real units).
         cameras: names of the pictures that the policy was trained on, in their order; empty if nobody has said.
         chat: put the prompt into the chat template of the model's processor, if it has one.
+        token_budget: with FAST, the most action tokens of a chunk that a policy may take, by `unnorm_key`: what the
+            chunks of its training took, and some more (`tokenizers.fast_length.code_budget`). A key that is left out may take one a number.
 
     All of it is checked when it is made, saved as `action_config.json` and read again by `from_pretrained`.
     """
@@ -65,12 +68,14 @@ class ActionConfig:
     limits: Sequence[Constraint] = ()
     cameras: Sequence[str] = ()
     chat: bool = True
+    token_budget: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self):
         stats = self.norm_stats if isinstance(self.norm_stats, NormStats) else NormStats(self.norm_stats)
         spaces = {key: self.spaces.get(key) or ActionSpace.unnamed(stats[key]["action"].dof) for key in stats}
         values: dict[str, Any] = {"norm_stats": stats, "spaces": {**self.spaces, **spaces}, "_tables": {}}
         values |= {"limits": tuple(self.limits), "cameras": tuple(self.cameras)}
+        values |= {"token_budget": dict(self.token_budget)}
         for name, value in values.items():
             object.__setattr__(self, name, value)
         self._check()
@@ -95,6 +100,9 @@ class ActionConfig:
                     f"{key!r}: statistics of {stats.dof} dimensions for the {space.dof} of its space"
                 )
             self.vocabulary.table(space.dof)  # raises if each dimension has ids of its own, for another number of them
+            if stats.horizon is not None and (self.is_per_number or stats.horizon != self.horizon):
+                fits = "bins share one table over all steps" if self.is_per_number else f"horizon is {self.horizon}"
+                raise VLAActionsError(f"{key!r}: statistics of each of {stats.horizon} steps do not fit: {fits}")
             if stats.mode == "normal":
                 raise VLAActionsError(
                     f"{key!r}: bins cover [-1, 1] and would cut z-scores (mode 'normal') at one standard deviation; "
@@ -106,6 +114,27 @@ class ActionConfig:
             always = [limit for limit in self.limits if not limit.needs and limit.n_samples is None]
             values = self.token_values(key) if self.is_per_number else None
             bind(None, space, values, self.horizon, limits=always, grid=values is not None)
+        self._check_budget()
+
+    def _check_budget(self) -> None:
+        """Raise for a budget of tokens that has no use, or that no chunk fits into."""
+        tokenizer = self.tokenizer
+        if not self.token_budget:
+            return
+        if not isinstance(tokenizer, FASTActionTokenizer):
+            raise VLAActionsError(
+                "token_budget is for FAST, whose chunks have different numbers of tokens: leave it out"
+            )
+        for key, budget in self.token_budget.items():
+            if key not in self.norm_stats:
+                raise VLAActionsError(f"token_budget of {key!r}: norm_stats has {sorted(self.norm_stats)}")
+            most = self.horizon * self.spaces[key].dof
+            least = fewest_codes(tokenizer, most)
+            if isinstance(budget, bool) or not isinstance(budget, (int, np.integer)) or not least <= budget <= most:
+                raise VLAActionsError(
+                    f"token_budget of {key!r}: chunks of {self.horizon} x {self.spaces[key].dof} take {least} to {most} "
+                    f"tokens, got {budget!r}"
+                )
 
     def _check_chunk(self, key: str, space: ActionSpace) -> None:
         """Raise if the codes of whole chunks are for other chunks than those of this robot."""
@@ -149,9 +178,13 @@ class ActionConfig:
         return self.horizon * self.space(unnorm_key).dof
 
     def max_tokens(self, unnorm_key: str | None = None) -> int:
-        """Most action tokens of one chunk, without the closing token: where their number varies, one a coefficient."""
+        """Most action tokens of one chunk, without the closing token.
+
+        Where their number varies: `token_budget`, or else one a number.
+        """
         if isinstance(self.tokenizer, FASTActionTokenizer):
-            return self.horizon * self.space(unnorm_key).dof
+            key = self.resolve(unnorm_key)
+            return int(self.token_budget.get(key, self.horizon * self.spaces[key].dof))
         return self.n_tokens(unnorm_key)
 
     def _need_numbers(self, what: str) -> None:
@@ -252,6 +285,7 @@ class ActionConfig:
             "limits": [limit.to_dict() for limit in self.limits],
             "cameras": list(self.cameras),
             "chat": bool(self.chat),
+            "token_budget": {key: int(budget) for key, budget in self.token_budget.items()},
         }
 
     def _tokenizer_dict(self) -> dict[str, Any]:
@@ -281,6 +315,7 @@ class ActionConfig:
             limits=[constraint_from_dict(limit) for limit in values["limits"]],
             cameras=values["cameras"],
             chat=values.get("chat", False),  # policies saved before there was a choice were trained without
+            token_budget=values.get("token_budget", {}),
         )
 
     def save_pretrained(self, save_directory: str | os.PathLike) -> Path:

@@ -36,6 +36,10 @@ example, two processes on CPU:
   ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no \\
     --dynamo_backend no -m hf_vla_actions.train --model_name_or_path ./tiny --dataset ./my_robot --output_dir ./policy
 
+example, chunks of 8 actions as FAST tokens that are fitted to the data first:
+  accelerate launch -m hf_vla_actions.train --model_name_or_path ./tiny --dataset ./my_robot --output_dir ./policy \\
+    --horizon 8 --action_tokenizer fast --fast_scale 20
+
 Without --use_peft all weights are trained. Every option of Transformers' TrainingArguments can be given too.
 """
 
@@ -58,6 +62,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.set_defaults(**asked[1])
     model_args, data_args, lora_args, args = parser.parse_args_into_dataclasses(argv)
     logging.basicConfig(level=args.get_process_log_level(), format="%(levelname)s %(name)s: %(message)s")
+    if args.log_level == "passive" and args.should_log:
+        logging.getLogger("hf_vla_actions").setLevel(logging.INFO)  # what is fitted and found, before the first step
     if asked is not None:
         log_differences(*asked, (model_args, lora_args, args))
     if lora_args.use_peft and not args.learning_rate_was_given:

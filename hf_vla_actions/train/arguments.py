@@ -34,18 +34,33 @@ class ModelArguments:
     action_tokenizer: str | None = field(
         default=None,
         metadata={
-            "help": "Folder of a FAST or VQ action tokenizer, as `hf-vla fit-fast` and `hf-vla fit-vq` write them (or of "
-            "the reference's FAST). Default: bins."
+            "help": "'uniform' (bins), 'fast' or 'vq' (fitted to the training episodes first), or the folder of a FAST or VQ "
+            "tokenizer, as `hf-vla fit-fast` and `hf-vla fit-vq` write them (or of the reference's FAST). Default: uniform."
         },
+    )
+    fast_scale: float | None = field(
+        default=None,
+        metadata={
+            "help": "For --action_tokenizer fast: steps in a coefficient of 1; finer and longer. Default: 10. `hf-vla "
+            "fit-fast --max-error 2mm` finds one for a wanted precision."
+        },
+    )
+    fast_vocab: int | None = field(
+        default=None, metadata={"help": "For --action_tokenizer fast: codes at most. Default: 1024."}
     )
     action_layout: str | None = field(
         default=None,
         metadata={
             "help": "Where action tokens stand: 'append' adds new ones behind the vocabulary, 'per_dimension' does so for "
             "each dimension of the action, 'tail' overwrites its last ids as OpenVLA does (with OpenVLA's bins), 'spare' "
-            "takes ids that it does not use, from --spare_from on. Default: append.",
-            "choices": ["append", "per_dimension", "tail", "spare"],
+            "takes ids that it does not use, from --spare_from on, 'pi0_fast' those of pi0-FAST in PaliGemma, 'named' the "
+            "tokens that the model has by --named_tokens. Default: append.",
+            "choices": ["append", "per_dimension", "tail", "spare", "pi0_fast", "named"],
         },
+    )
+    named_tokens: str | None = field(
+        default=None,
+        metadata={"help": "For --action_layout named: their pattern, such as '<robot_action_{}>' (starVLA)."},
     )
     spare_from: int | None = field(
         default=None,

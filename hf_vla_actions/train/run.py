@@ -23,6 +23,7 @@ TRAIN_SAMPLE = 64
 METRICS_FILE = "action_metrics.json"
 OWN_FILES = (
     *("checkpoint-*", "adapter_*", "model*.safetensors*", "config.json", "action_config.json", METRICS_FILE),
+    *("fast_tokenizer.json", "vq_tokenizer.*"),
     "dataset_statistics.json",  # of an earlier adapter: it would take the place of the statistics in config.json
 )
 
@@ -112,7 +113,8 @@ def prepare_output(args: VLATrainingArguments) -> str | None:
 def check_same_config(config: ActionConfig, checkpoint: str) -> None:
     """Refuse to resume with options under which the tokens of the checkpoint mean something else."""
     saved, now = ActionConfig.from_pretrained(checkpoint).to_dict(), config.to_dict()
-    differ = [name for name in now if now[name] != saved.get(name)]
+    # How many tokens a chunk may take changes nothing about what they mean, and earlier releases did not say it.
+    differ = [name for name in now if now[name] != saved.get(name) and name != "token_budget"]
     if differ:
         raise TrainingError(
             f"the checkpoint {checkpoint} was trained with other {differ} in its action config; resume with the same "

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from transformers import PreTrainedConfig
 from transformers.utils import cached_file
 
 from hf_vla_actions.actions import ActionSpace, ActionStats, Gripper, NormStats
@@ -21,13 +22,21 @@ from hf_vla_actions.models.adapter import share_statistics
 from hf_vla_actions.models.embeddings import initialize_rows
 from hf_vla_actions.models.families import OPENVLA_TYPE, family_of
 from hf_vla_actions.models.openvla import action_config_of
-from hf_vla_actions.tokenizers import ActionVocabulary, FASTActionTokenizer, UniformActionTokenizer, VQActionTokenizer
+from hf_vla_actions.tokenizers import FASTActionTokenizer
+from hf_vla_actions.tokenizers.fast_length import code_budget
 from hf_vla_actions.train.arguments import DataArguments, ModelArguments
 from hf_vla_actions.train.augment import SlowedChunks
 from hf_vla_actions.train.recipes import RECIPES
+from hf_vla_actions.train.tokens import (
+    action_tokenizer_of,
+    check_bins,
+    check_same_tokenizer,
+    check_tokens,
+    chunks_of,
+    vocabulary_of,
+)
 
 logger = logging.getLogger(__name__)
-DEFAULT_BINS = 256
 
 
 def open_dataset(args: DataArguments) -> EpisodeReader:
@@ -142,15 +151,22 @@ def load_policy(
     Raises:
         TrainingError: options contradict each other, the dataset or the checkpoint.
     """
-    key = data_args.unnorm_key or Path(data_args.dataset).resolve().name
+    key = data_args.unnorm_key or dataset.name
     space = space_of(dataset, data_args)
-    episodes, _ = split_episodes(dataset, data_args.eval_fraction, seed)
-    entry = stats_of(dataset, space, episodes, data_args.norm_mode)
+    parts = split_episodes(dataset, data_args.eval_fraction, seed)
+    entry = stats_of(dataset, space, parts[0], data_args.norm_mode)
+    old, action_tokenizer = _config_of(model_args.model_name_or_path), None
+    if old is not None:
+        check_same_tokenizer(model_args, old)
+    elif _type_of(model_args.model_name_or_path) == OPENVLA_TYPE:
+        check_bins(model_args)
+    else:
+        check_tokens(model_args, data_args)
+        action_tokenizer = action_tokenizer_of(model_args, data_args, dataset, parts, space, entry["action"], seed)
     options = {"dtype": model_args.dtype or "float32"}
     if model_args.attn_implementation:
         options["attn_implementation"] = model_args.attn_implementation
     model, processor = load_model(model_args.model_name_or_path, **options)
-    old = _config_of(model_args.model_name_or_path)
     rows = model.get_input_embeddings().weight.shape[0]
     native = model.config.model_type == OPENVLA_TYPE
     _check_recipe(model_args.recipe, model.config.model_type)
@@ -159,12 +175,12 @@ def load_policy(
         old = old or _original(model, processor, key, entry)
     if old is None:
         tokenizer = processor.tokenizer if family_of(model.config).takes_images else processor
-        action_tokenizer = action_tokenizer_of(model_args)
+        vocabulary = vocabulary_of(tokenizer, model_args, action_tokenizer.n_codes, space.dof)  # type: ignore[union-attr]
+        meaning = (NormStats({key: entry}), {key: space})
         config = ActionConfig(
-            tokenizer=action_tokenizer,
-            vocabulary=vocabulary_of(tokenizer, replace(model_args, n_bins=action_tokenizer.n_codes), space.dof),
-            norm_stats=NormStats({key: entry}),
-            spaces={key: space},
+            action_tokenizer,  # type: ignore[arg-type]
+            vocabulary,
+            *meaning,
             horizon=1 if data_args.horizon is None else data_args.horizon,
             prompt=model_args.prompt or DEFAULT_PROMPT,
             cameras=dataset.cameras,
@@ -172,33 +188,32 @@ def load_policy(
         )
     else:
         _check_unchanged(model, old, model_args, data_args, dataset)
-        if key in old.norm_stats:
-            _check_same_robot(old, key, entry["action"], space)
-        norm_stats = NormStats({**{k: old.norm_stats[k] for k in old.norm_stats}, key: entry})
-        config = replace(old, norm_stats=norm_stats, spaces={**old.spaces, key: space})
+        config = _extended(old, key, entry, space)
         if native:
             # Each of its datasets has a camera of its own, and only the number of pictures can be checked in use.
             config = replace(config, cameras=dataset.cameras)
+    if isinstance(config.tokenizer, FASTActionTokenizer):
+        actions, _ = chunks_of(dataset, config.horizon, parts[0], data_args.skip_first, seed)
+        budget = code_budget(config.tokenizer, entry["action"].normalize(actions))
+        logger.info("a chunk may take %d tokens (one for each number would be %d)", budget, config.horizon * space.dof)
+        config = replace(config, token_budget={**config.token_budget, key: budget})
     logger.info("actions of %r: %s", key, "; ".join(space.describe(i) for i in range(space.dof)))
     policy = to_vla(model, processor, config)
     if native:
         share_statistics(policy)
-    ids = config.vocabulary.token_ids
-    if old is None and not config.vocabulary.in_prompts and (ids < rows).any():
+    ids, made_by_others = config.vocabulary.token_ids, config.vocabulary.layout in ("tail", "pi0_fast", "named")
+    if old is None and not made_by_others and (ids < rows).any():
         # They fall on rows that the model has but never trained: some are zero, or all the same.
         initialize_rows(policy, ids)
     return policy, key
 
 
-def action_tokenizer_of(args: ModelArguments) -> Any:
-    """The action tokenizer that the options ask for: bins, or what a folder holds."""
-    if args.action_tokenizer is None:
-        scheme = "openvla" if args.action_layout == "tail" else "uniform"
-        return UniformActionTokenizer(args.n_bins or DEFAULT_BINS, scheme)
-    if args.n_bins is not None:
-        raise TrainingError("--n_bins is for bins, --action_tokenizer brings its own number of codes: leave one out")
-    vq = (Path(args.action_tokenizer) / "vq_tokenizer.json").is_file()
-    return (VQActionTokenizer if vq else FASTActionTokenizer).from_pretrained(args.action_tokenizer)
+def _extended(old: ActionConfig, key: str, entry: dict[str, Any], space: ActionSpace) -> ActionConfig:
+    """The config of a trained policy with one more dataset, or the same again."""
+    if key in old.norm_stats:
+        _check_same_robot(old, key, entry["action"], space)
+    norm_stats = NormStats({**{k: old.norm_stats[k] for k in old.norm_stats}, key: entry})
+    return replace(old, norm_stats=norm_stats, spaces={**old.spaces, key: space})
 
 
 def _original(model, processor, key: str, entry: dict[str, Any]) -> ActionConfig:
@@ -234,24 +249,20 @@ def _check_openvla(config: dict[str, Any], data_args: DataArguments, dataset: Ep
         )
 
 
-def vocabulary_of(tokenizer, args: ModelArguments, dof: int) -> ActionVocabulary:
-    """The action tokens that the options ask for; new ones are added to `tokenizer`."""
-    n_bins, layout = args.n_bins or DEFAULT_BINS, args.action_layout or "append"
-    if (layout == "spare") != (args.spare_from is not None):
-        raise TrainingError("--action_layout spare and --spare_from (the first id to use) belong together")
-    if args.spare_from is not None:
-        return ActionVocabulary.spare(tokenizer, np.arange(args.spare_from, args.spare_from + n_bins))
-    if layout == "per_dimension":
-        return ActionVocabulary.per_dimension(tokenizer, n_bins, dof)
-    return (ActionVocabulary.tail if layout == "tail" else ActionVocabulary.append)(tokenizer, n_bins)
-
-
 def _config_of(path: str) -> ActionConfig | None:
     """The action config of a policy, in a folder or on the Hub; None for a model that is no policy yet."""
     file = cached_file(
         path, ACTION_CONFIG_FILE, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_gated_repo=False
     )
     return None if file is None else ActionConfig.from_pretrained(Path(file).parent)
+
+
+def _type_of(path: str) -> str | None:
+    """The kind of a model; None where no file says so, of which its loading will speak."""
+    try:
+        return PreTrainedConfig.get_config_dict(path)[0].get("model_type")
+    except OSError:
+        return None
 
 
 def _check_unchanged(model, old: ActionConfig, model_args: ModelArguments, data_args: DataArguments, dataset) -> None:
@@ -261,6 +272,7 @@ def _check_unchanged(model, old: ActionConfig, model_args: ModelArguments, data_
         "--n_bins": (model_args.n_bins, old.tokenizer.n_codes),
         "--action_layout": (model_args.action_layout, old.vocabulary.layout),
         "--spare_from": (model_args.spare_from, int(old.vocabulary.token_ids.min())),
+        "--named_tokens": (model_args.named_tokens and model_args.named_tokens.format(0), old.vocabulary.tokens[0]),
         "--horizon": (data_args.horizon, old.horizon),
         "--no_chat": (None if model_args.chat else False, old.chat),
     }
