@@ -27,15 +27,17 @@ class TokenBytes:
 
     Args:
         of: bytes of each id from 0 to the highest; None for ids that spell nothing (gaps, added tokens).
+        literal: ids that are read as their own text, but that a byte-level BPE never writes.
 
     Attributes:
         usable: (n_codes,) bool, spells something.
         begun: (n_codes,) int64, characters whose first byte it holds.
         continues: (n_codes,) bool, begins inside a character.
-        single: the tokens of at most one character's length.
+        single: the tokens of at most one character's length that can be written.
     """
 
     of: tuple[bytes | None, ...]
+    literal: frozenset[int] = frozenset()
     usable: np.ndarray = field(init=False, repr=False)
     begun: np.ndarray = field(init=False, repr=False)
     continues: np.ndarray = field(init=False, repr=False)
@@ -50,7 +52,7 @@ class TokenBytes:
             "usable": np.array([bool(raw) for raw in self.of]),
             "begun": np.array(begun, dtype=np.int64),
             "continues": first & 0xC0 == 0x80,
-            "single": frozenset(raw for raw in self.of if raw and len(raw) <= 4),
+            "single": frozenset(raw for i, raw in enumerate(self.of) if raw and len(raw) <= 4 and i not in self.literal),
         }
         for name, value in tables.items():
             object.__setattr__(self, name, value)
@@ -107,7 +109,9 @@ def read_bpe(text: str) -> tuple[Tokenizer, TokenBytes, bool]:
     for token, index in vocabulary.items():
         if index not in added:
             of[index] = _spell(token, symbols)
-    return backend, TokenBytes(tuple(of)), byte_level
+    # The reference's fit leaves such tokens: a byte that has no other would silently be dropped in encoding.
+    literal = frozenset(index for token, index in vocabulary.items() if symbols and not symbols.keys() >= set(token))
+    return backend, TokenBytes(tuple(of), literal), byte_level
 
 
 def _spell(token: str, symbols: dict[str, int]) -> bytes:
