@@ -15,7 +15,7 @@ from hypothesis.extra.numpy import arrays
 from hf_vla_actions.actions import running_json
 from hf_vla_actions.actions.exact_sums import UNIT, Moments
 from hf_vla_actions.actions.running import RunningStats, merged
-from hf_vla_actions.actions.sketch import K, RANK_ERROR
+from hf_vla_actions.actions.sketch import RANK_ERROR, K
 from hf_vla_actions.errors import StatsError
 
 numbers = st.floats(allow_nan=False, allow_infinity=False)
@@ -124,7 +124,8 @@ def test_the_bound_is_what_the_package_says():
 def test_an_exact_part_and_a_sketched_one_merge_both_ways():
     rows = stream("iid", 30_000)
     few, many = running(rows[:500], exact_rows=1000), running(rows[500:], exact_rows=1000)
-    assert few.exact and not many.exact
+    assert few.exact
+    assert not many.exact
     for both in (few.merge(many), many.merge(few)):
         same(both, running(rows))
         assert rank_errors(rows, both.quantile([0.01, 0.5, 0.99]), np.array([0.01, 0.5, 0.99])).max() <= 5e-4
@@ -135,7 +136,8 @@ def test_an_exact_part_and_a_sketched_one_merge_both_ways():
 def test_the_limit_itself_is_exact():
     rows = stream("iid", 1001)
     stats = running(rows[:1000], exact_rows=1000)
-    assert stats.exact and stats.rank_error == 0
+    assert stats.exact
+    assert stats.rank_error == 0
     np.testing.assert_array_equal(stats.quantile(0.3), np.quantile(rows[:1000], 0.3, axis=0))
     stats.update(rows[1000:])
     assert not stats.exact
@@ -253,7 +255,7 @@ def test_what_cannot_be_merged_raises():
         running([[1.0]]).merge(running([[1.0]], exact_rows=5))
     with pytest.raises(StatsError, match="got ndarray"):
         running([[1.0]]).merge(np.ones(3))
-    with pytest.raises(StatsError, match="nothing|no statistics"):
+    with pytest.raises(StatsError, match="no statistics"):
         merged([])
 
 
