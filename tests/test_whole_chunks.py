@@ -112,7 +112,12 @@ def test_every_way_of_generating_gives_whole_chunks(tokenizers, kind, options):
         overshoot(tokenizers["fast"], HORIZON) if kind == "fast" else 0.0
     )  # what rounding does to its coefficients
     assert beyond < 0.1
-    assert np.abs(out.normalized).max() <= 1.0 + beyond
+    low, high = STATS.unnormalize(np.stack([np.full(DOF, -1.0 - beyond), np.full(DOF, 1.0 + beyond)]))
+    assert ((out.actions >= low) & (out.actions <= high))[..., :6].all()
+    inside = np.abs(out.normalized).max(axis=-1) <= 1.0 + beyond
+    assert not out.moved[inside].any()  # what can be, is as the tokens say
+    if kind == "vq":
+        assert inside.all()
     assert np.isfinite(out.log_prob).all()
     assert (out.log_prob < 0).all()
     assert np.isin(out.actions[..., 6], [0, 1]).all()

@@ -11,6 +11,23 @@ from hf_vla_actions.errors import ConstraintError, InfeasibleConstraintError
 from hf_vla_actions.tokenizers import FASTActionTokenizer
 
 ON_GRID = 1e-9  # steps of the grid by which a limit may miss a point of it and still mean it
+INSIDE = 1e-12  # kept from limits that hold without tolerance, relative to their size: rounding of sums is below
+
+
+def first_coefficients(low: float, high: float, grain: float, limit: int) -> tuple[int, int]:
+    """Lowest and highest first coefficient whose chunks keep a sum of normalized values within limits, without tolerance.
+
+    Args:
+        low: smallest sum, normalized; may be -inf.
+        high: largest sum.
+        grain: what one step of the coefficient adds to the sum: sqrt(horizon) / scale.
+        limit: largest absolute coefficient.
+
+    Returns:
+        the two; the first is above the second where there is none.
+    """
+    margin = INSIDE * max(1.0, *(abs(x) for x in (low, high) if math.isfinite(x)), 1.0)
+    return math.ceil(max((low + margin) / grain, -limit)), math.floor(min((high - margin) / grain, limit))
 
 
 def sum_ranges(tokenizer: FASTActionTokenizer, stats: ActionStats, horizon: int, low, high) -> np.ndarray:
@@ -33,7 +50,7 @@ def sum_ranges(tokenizer: FASTActionTokenizer, stats: ActionStats, horizon: int,
         InfeasibleConstraintError: no sum of the grid is within the limits; it says the nearest that is.
     """
     low, high = _vectors(stats, low, high)
-    middle, half = _line(stats)
+    middle, half = (rows[0] for rows in line(stats, 1))
     limit = tokenizer.limit(horizon)
     grain = half * math.sqrt(horizon) / tokenizer.scale
     ranges = np.tile(np.array([-limit, limit], dtype=np.int64), (stats.dof, 1))
@@ -66,7 +83,7 @@ def value_limits(stats: ActionStats, low, high) -> tuple[np.ndarray, np.ndarray]
     Raises:
         InfeasibleConstraintError: a dimension that is constant stands outside.
     """
-    middle, half = _line(stats)
+    middle, half = (rows[0] for rows in line(stats, 1))
     out = []
     for side, values in ((-np.inf, low), (np.inf, high)):
         x = np.asarray(values, dtype=np.float64)
@@ -92,10 +109,10 @@ def _vectors(stats: ActionStats, low, high) -> tuple[np.ndarray, np.ndarray]:
     return pair[0], pair[1]
 
 
-def _line(stats: ActionStats) -> tuple[np.ndarray, np.ndarray]:
-    """What a normalized 0 stands for, and how much a normalized 1 is more: (dof,) each, real units."""
-    middle = stats.unnormalize(np.zeros(stats.dof))
-    return middle, stats.unnormalize(np.ones(stats.dof)) - middle
+def line(stats: ActionStats, horizon: int) -> tuple[np.ndarray, np.ndarray]:
+    """What a normalized 0 stands for, and how much a normalized 1 is more: (horizon, dof) each, real units."""
+    middle = stats.unnormalize(np.zeros((horizon, stats.dof)))
+    return middle, stats.unnormalize(np.ones((horizon, stats.dof))) - middle
 
 
 def _infeasible(dim: int, low, high, reachable, nearest: float, grain: float | None) -> InfeasibleConstraintError:

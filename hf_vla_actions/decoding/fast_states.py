@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -45,6 +46,7 @@ class Automaton:
         return max(len(raw) for raw in self.spelled.values())
 
 
+@lru_cache(maxsize=8)
 def build(tokenizer: FASTActionTokenizer, limit: int) -> Automaton:
     """The automaton of a tokenizer for coefficients from -limit to limit; all others never appear."""
     spelled = {}

@@ -9,6 +9,7 @@ from functools import cached_property
 import numpy as np
 
 from hf_vla_actions.constraints.bound import BoundConstraints, Fallback
+from hf_vla_actions.decoding.kept import KeptWhile
 from hf_vla_actions.decoding.report import ConfidenceReport
 from hf_vla_actions.errors import VLAActionsError
 
@@ -49,12 +50,17 @@ class ActionOutput:
         actions: (batch, horizon, dof) float64, real units: what the robot is to do.
         normalized: (batch, horizon, dof) float64: what the tokens say, before it is un-normalized and before the
             mode "project" moves it.
-        token_ids: (batch, horizon * dof) int64.
+        token_ids: (batch, horizon * dof) int64; of FAST and VQ (batch, length), the end token included.
         log_prob: (batch,) float64: log-probability of the tokens under the model, before any constraint.
         unnorm_key: which statistics were used.
         moved: (batch, horizon, dof) float64, real units: how far each value was moved after decoding ("project",
-            "mixture", and where the robot is told to hold); zeros in other modes.
+            "mixture", and where the robot is told to hold); zeros in other modes. FAST: also from beyond what normalized
+            values can stand for.
         fallbacks: for each sample, what was done because its constraints could not all hold; None where all is well.
+        kept_while: FAST and VQ: for each sample (one entry if all share their constraints), which constraints were kept
+            while decoding, which by projection afterwards and why, and which had no effect.
+        candidate: VQ: (batch,) int64 which of the likely chunks each row is: 0 the one decoded first, -1 where none was
+            allowed and the first was projected. None otherwise.
         report: makes `confidence`; None where there are no distributions over tokens.
     """
 
@@ -65,6 +71,8 @@ class ActionOutput:
     unnorm_key: str
     moved: np.ndarray
     fallbacks: Sequence[Fallback | None] = ()
+    kept_while: Sequence[KeptWhile] = ()
+    candidate: np.ndarray | None = None
     report: Callable[[], ConfidenceReport] | None = field(default=None, repr=False)
 
     @property
@@ -72,6 +80,11 @@ class ActionOutput:
         """(batch,) bool: rows whose constraints could not all hold, so that something else was done."""
         flags = [fallback is not None for fallback in self.fallbacks] or [False]
         return np.repeat(flags, len(self.actions) // len(flags))
+
+    @property
+    def certified(self) -> np.ndarray:
+        """(batch,) bool: rows that are what the tokens say, because nothing had to be moved."""
+        return ~self.moved.any(axis=(1, 2))
 
     @cached_property
     def confidence(self) -> ConfidenceReport:
