@@ -33,6 +33,9 @@ class LeRobotFolder(EpisodeReader):
         files: where the files lie.
     """
 
+    fps: float
+    timestamps: np.ndarray
+
     def __init__(
         self,
         path: str | Path | Files,
@@ -110,7 +113,7 @@ class LeRobotFolder(EpisodeReader):
             )
         self._check_episodes(concatenate(parts, "episode_index"), stops)
         self.timestamps = concatenate(parts, "timestamp").astype(np.float64)
-        self._check_times()
+        self._check_times(self.timestamps)
         self.actions = self._vectors(parts, self.action_key)
         self.states = None if self.state_key is None else self._vectors(parts, self.state_key)
         self._task_index = concatenate(parts, "task_index")

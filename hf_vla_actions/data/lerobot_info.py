@@ -32,7 +32,10 @@ def read_info(root: Path) -> dict[str, Any]:
     if not path.is_file():
         inside = sorted(str(found.parent.parent) for found in root.glob("*/meta/info.json"))
         hint = f"; did you mean {inside[0]}?" if inside else ""
-        raise DatasetError(f"{root} is no LeRobotDataset, it has no meta/info.json; {_listing(root)}{hint}")
+        raise DatasetError(
+            f"{root} is no LeRobotDataset, it has no meta/info.json, and no RLDS data, it has no dataset_info.json with "
+            f"features.json; {_listing(root)}{hint}"
+        )
     info = read_json(path)
     missing = [key for key in NEEDED if info.get(key) is None]
     if missing:

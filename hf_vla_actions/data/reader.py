@@ -44,7 +44,7 @@ class EpisodeReader(abc.ABC):
     Attributes:
         root: the folder.
         name: short name of the dataset, which its statistics go by where nobody gives another `unnorm_key`.
-        fps: steps a second.
+        fps: steps a second; None where the format has no place for it and nobody said.
         robot_type: robot's name, None where the dataset names none.
         camera_names: full names of all cameras (depth maps are none).
         cameras: full names of the chosen ones, in the order asked for.
@@ -53,7 +53,8 @@ class EpisodeReader(abc.ABC):
         dof: numbers in one action.
         actions: (n_frames, dof) float64, real units.
         states: (n_frames, state_dim) float64, or None.
-        timestamps: (n_frames,) float64, seconds within the episode, as stored: not all datasets begin at 0.
+        timestamps: (n_frames,) float64, seconds within the episode, as stored: not all datasets begin at 0. None where
+            `fps` is.
         episodes: tuple of `Episode`, in row order.
         n_frames: rows in all.
         instructions: every distinct instruction that occurs, by task index.
@@ -61,7 +62,7 @@ class EpisodeReader(abc.ABC):
 
     root: Path
     name: str
-    fps: float
+    fps: float | None
     robot_type: str | None
     camera_names: tuple[str, ...]
     cameras: tuple[str, ...]
@@ -70,7 +71,7 @@ class EpisodeReader(abc.ABC):
     dof: int
     actions: np.ndarray
     states: np.ndarray | None
-    timestamps: np.ndarray
+    timestamps: np.ndarray | None
     episodes: tuple[Episode, ...]
     n_frames: int
     instructions: tuple[str, ...]
@@ -108,9 +109,10 @@ class EpisodeReader(abc.ABC):
         return self.n_frames
 
     def __repr__(self) -> str:
+        rate = "an unknown rate" if self.fps is None else f"{self.fps:g} Hz"
         return (
-            f"{type(self).__name__}({str(self.root)!r}: {len(self.episodes)} episodes, {self.n_frames} frames at "
-            f"{self.fps:g} Hz, dof {self.dof}, cameras {list(self.cameras)})"
+            f"{type(self).__name__}({str(self.root)!r}: {len(self.episodes)} episodes, {self.n_frames} frames at {rate}, "
+            f"dof {self.dof}, cameras {list(self.cameras)})"
         )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -153,12 +155,13 @@ class EpisodeReader(abc.ABC):
         except (OSError, SyntaxError, ValueError) as error:  # Pillow's ways to refuse a damaged file
             raise DatasetError(f"{camera!r} of {self._where(row)} in {self.root} is no picture: {error}") from error
 
-    def _check_times(self) -> None:
-        late = np.diff(self.timestamps) <= 0
+    def _check_times(self, timestamps: np.ndarray) -> None:
+        late = np.diff(timestamps) <= 0
         late[self._starts[1:] - 1] = False
-        bad = np.flatnonzero(late | ~np.isfinite(self.timestamps[1:]))
-        if len(bad):
-            raise DatasetError(f"timestamps of {self.root} do not rise at {self._where(int(bad[0]) + 1)}")
+        bad = np.flatnonzero(late | ~np.isfinite(timestamps[1:]))
+        if len(bad) or not np.isfinite(timestamps[:1]).all():
+            row = int(bad[0]) + 1 if len(bad) else 0
+            raise DatasetError(f"timestamps of {self.root} do not rise at {self._where(row)}")
 
     def _checked(self, values: np.ndarray, lengths: np.ndarray, expected: int, key: str, hint: str = "") -> np.ndarray:
         """One vector of every row as (n_frames, expected), every number finite.
