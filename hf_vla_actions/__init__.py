@@ -12,9 +12,11 @@ __version__ = "0.1.0"
 _HOME = {
     "ActionSpace": "actions",
     "ActionStats": "actions",
+    "Actions": "actions",
     "BinGrid": "actions",
     "Gripper": "actions",
     "NormStats": "actions",
+    "PoseDims": "actions",
     "RunningStats": "actions",
     "ActionVocabulary": "tokenizers",
     "FASTActionTokenizer": "tokenizers",
@@ -46,7 +48,16 @@ __all__ = ["__version__", *_HOME, *_ROOMS]
 
 if TYPE_CHECKING:
     from hf_vla_actions import constraints as constraints
-    from hf_vla_actions.actions import ActionSpace, ActionStats, BinGrid, Gripper, NormStats, RunningStats
+    from hf_vla_actions.actions import (
+        Actions,
+        ActionSpace,
+        ActionStats,
+        BinGrid,
+        Gripper,
+        NormStats,
+        PoseDims,
+        RunningStats,
+    )
     from hf_vla_actions.config import ActionConfig
     from hf_vla_actions.constraints import Context
     from hf_vla_actions.decoding import FASTLogitsProcessor, TACOLogitsProcessor, TACOLoss, taco_loss

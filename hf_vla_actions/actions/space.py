@@ -4,43 +4,20 @@ from __future__ import annotations
 
 import difflib
 import math
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hf_vla_actions.actions.frames import ANCHORS
+from hf_vla_actions.actions.gripper import Gripper as Gripper
+from hf_vla_actions.actions.pose import PoseDims, infer_pose
 from hf_vla_actions.errors import ActionSpaceError
 
+if TYPE_CHECKING:
+    from hf_vla_actions.actions.convert import Actions
+
 FRAMES = ("world", "base", "tcp", "joint")
-
-
-@dataclass(frozen=True)
-class Gripper:
-    """The gripper's dimension and its convention, always named because every data set has its own.
-
-    Args:
-        dim: name or index of the gripper's dimension.
-        open: value that means fully open.
-        closed: value that means fully closed.
-        binary: if true, only these two values are ever sent to the robot: whatever is decoded goes to the nearer one.
-    """
-
-    dim: str | int
-    open: float = 1.0
-    closed: float = 0.0
-    binary: bool = True
-
-    def __post_init__(self):
-        if not (math.isfinite(self.open) and math.isfinite(self.closed)) or self.open == self.closed:
-            raise ActionSpaceError(
-                f"Gripper needs two different finite values, got open={self.open} and closed={self.closed}"
-            )
-
-    def state(self, word: str) -> float:
-        """Return the value of `"open"` or `"closed"`."""
-        if word not in ("open", "closed"):
-            raise ActionSpaceError(f"a gripper can be 'open' or 'closed', not {word!r}")
-        return self.open if word == "open" else self.closed
 
 
 @dataclass(frozen=True)
@@ -55,6 +32,10 @@ class ActionSpace:
         frame: axes in which the numbers are expressed: "world", "base", "tcp" or "joint"; None if unknown.
         gripper: convention of the gripper's dimension, if there is one.
         rate_hz: control rate at which the actions are meant to be carried out.
+        named: false if the names are only indices.
+        pose: which dimensions are position and rotation, and how the rotation is written; only conversions need it.
+        anchor: what changes are relative to: "step" (each to the state before it, so they add up) or "chunk" (all to
+            the state when the chunk begins); None if nobody has said. Only conversions need it.
     """
 
     names: tuple[str, ...]
@@ -64,6 +45,8 @@ class ActionSpace:
     gripper: Gripper | None = None
     rate_hz: float | None = None
     named: bool = True
+    pose: PoseDims | None = None
+    anchor: str | None = None
 
     def __init__(
         self,
@@ -75,12 +58,15 @@ class ActionSpace:
         rate_hz: float | None = None,
         *,
         named: bool = True,
+        pose: PoseDims | None = None,
+        anchor: str | None = None,
     ):
         names = tuple(names)
         units = (None,) * len(names) if units is None else tuple(units)
         delta = (delta,) * len(names) if delta is None or isinstance(delta, bool) else tuple(delta)
-        values = {"names": names, "units": units, "delta": delta, "frame": frame, "gripper": gripper}
-        for field, value in {**values, "rate_hz": rate_hz, "named": named}.items():
+        values: dict[str, Any] = {"names": names, "units": units, "delta": delta, "frame": frame, "gripper": gripper}
+        values |= {"rate_hz": rate_hz, "named": named, "pose": pose, "anchor": anchor}
+        for field, value in values.items():
             object.__setattr__(self, field, value)
         self._check()
 
@@ -100,6 +86,19 @@ class ActionSpace:
             raise ActionSpaceError(f"rate_hz must be a positive number, got {self.rate_hz}")
         if self.gripper is not None:
             self.index(self.gripper.dim)
+        if self.anchor is not None and self.anchor not in ANCHORS:
+            raise ActionSpaceError(f"anchor must be one of {list(ANCHORS)} or None, got {self.anchor!r}")
+        if self.pose is not None:
+            self._check_pose(self.pose)
+
+    def _check_pose(self, pose: PoseDims) -> None:
+        dims = [self.index(dim) for dim in (*(pose.position or ()), *(pose.rotation or ()))]
+        if self.gripper is not None:
+            dims.append(self.index(self.gripper.dim))
+        if len(set(dims)) != len(dims):
+            raise ActionSpaceError(f"a dimension is position, rotation or gripper, not two of them: {pose}")
+        if self.frame == "joint":
+            raise ActionSpaceError("a space in the frame 'joint' has no pose: its numbers are joint angles")
 
     @classmethod
     def unnamed(cls, dof: int) -> ActionSpace:
@@ -136,11 +135,40 @@ class ActionSpace:
         """
         if self.gripper is None or not self.gripper.binary:
             return actions
-        dim, gripper = self.index(self.gripper.dim), self.gripper
+        dim = self.index(self.gripper.dim)
         settled = np.array(actions, dtype=np.float64)
-        is_open = np.abs(settled[..., dim] - gripper.open) <= np.abs(settled[..., dim] - gripper.closed)
-        settled[..., dim] = np.where(is_open, gripper.open, gripper.closed)
+        settled[..., dim] = self.gripper.settle(settled[..., dim])
         return settled
+
+    def known_pose(self) -> PoseDims | None:
+        """`pose`, or what the names leave no doubt about: x, y, z are a position, qx, qy, qz, qw a quaternion."""
+        return self.pose if self.pose is not None or not self.named else infer_pose(self.names)
+
+    def convert(
+        self, actions: Any, to: ActionSpace, state: Any = None, *, base: Any = None, drop: tuple[str, ...] = ()
+    ) -> Any:
+        """Say actions of this space in another one: `actions.convert.convert`, where the arguments are explained."""
+        from hf_vla_actions.actions.convert import convert
+
+        return convert(actions, self, to, state, base=base, drop=drop)
+
+    def explain(self, to: ActionSpace, horizon: int | None = None, drop: tuple[str, ...] = ()) -> list[str]:
+        """What `convert` would do, one text a step; raises what it would raise.
+
+        Args:
+            to: the other space.
+            horizon: steps of the chunks; more than one if None.
+            drop: as in `convert`.
+        """
+        from hf_vla_actions.actions.convert import explain
+
+        return explain(self, to, horizon, drop)
+
+    def wrap(self, actions: Any) -> Actions:
+        """Numbers that know their space, so that nobody can convert them twice: `actions.convert.Actions`."""
+        from hf_vla_actions.actions.convert import Actions
+
+        return Actions(actions, self)
 
     def describe(self, dim: str | int) -> str:
         """One dimension in words, for messages: `'x' (m, delta, base frame)`."""
@@ -152,17 +180,21 @@ class ActionSpace:
         return f"{self.names[i]!r} ({', '.join(facts)}{f', {self.frame} frame' if self.frame else ''})"
 
     def to_dict(self) -> dict[str, Any]:
-        """The space as JSON-ready values; inverse of `from_dict`."""
-        values = asdict(self)
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+        """The space as JSON-ready values; inverse of `from_dict`. `pose` and `anchor` are left out where they are None."""
+        values = {"names": list(self.names), "units": list(self.units), "delta": list(self.delta), "frame": self.frame}
+        gripper = None if self.gripper is None else self.gripper.to_dict()
+        values |= {"gripper": gripper, "rate_hz": self.rate_hz, "named": self.named}
+        values |= {} if self.pose is None else {"pose": self.pose.to_dict()}
+        return values if self.anchor is None else {**values, "anchor": self.anchor}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ActionSpace:
         """Read what `to_dict` wrote."""
         values = dict(values)
-        if values.get("gripper") is not None:
-            values["gripper"] = Gripper(**values["gripper"])
         try:
+            for name, kind in (("gripper", Gripper), ("pose", PoseDims)):
+                if values.get(name) is not None:
+                    values[name] = kind(**values[name])
             return cls(**values)
         except TypeError as error:
             raise ActionSpaceError(f"not the description of an action space ({error}): {values}") from None
