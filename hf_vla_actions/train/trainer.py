@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import Trainer
 
@@ -13,10 +12,10 @@ from hf_vla_actions.config import ActionConfig
 from hf_vla_actions.constraints.text import parse_constraints
 from hf_vla_actions.decoding import TACOLoss
 from hf_vla_actions.errors import TrainingError
-from hf_vla_actions.metrics import action_metrics, gripper_accuracy, token_accuracy
 from hf_vla_actions.models import ActionPredictionMixin, load_model, save_adapter
 from hf_vla_actions.train.arguments import VLATrainingArguments
 from hf_vla_actions.train.collator import IGNORED, ActionCollator, action_loss
+from hf_vla_actions.train.evaluation import ids_by_place, metrics_of
 
 
 class VLATrainer(Trainer):
@@ -48,11 +47,7 @@ class VLATrainer(Trainer):
         # Trainer would not count the first label of each row, as if labels still were to be shifted; here every one is
         # a target, and the loss is divided by their number.
         self._loss_shifts_labels = False
-        config = policy.action_config
-        table = config.vocabulary.table(config.space(self.unnorm_key).dof)
-        self._ids = torch.tensor(
-            np.tile(table, (config.horizon, 1))
-        )  # (horizon * dof, n_codes), where that is a code a number
+        self._ids = torch.tensor(ids_by_place(policy.action_config, self.unnorm_key))
 
     def _loss(self, outputs, labels: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:
         """Cross entropy, and with `taco_loss_weight` the expected violation beside it, in training and evaluation."""
@@ -109,24 +104,20 @@ class VLATrainer(Trainer):
         return super().prediction_step(model, inputs, *args, **kwargs)
 
     def _codes(self, logits, labels: torch.Tensor) -> torch.Tensor:
-        """(batch, horizon * dof) most likely code of each action token, given the demonstrated ones before it.
+        """(batch, n_tokens) most likely code of each action token, given the demonstrated ones before it.
 
-        Where tokens stand for whole chunks: (batch, labels) most likely id.
+        With FAST: (batch, labels) most likely id of the whole vocabulary, as a decoder sees it that nothing guides.
         """
         logits = logits[0] if isinstance(logits, tuple) else logits
-        if not self.policy.action_config.is_per_number:
+        if not len(self._ids):
             return logits[:, -labels.shape[1] - 1 : -1].argmax(dim=-1)
         wanted = logits[:, -labels.shape[1] - 1 : -2]
         ids = self._ids.to(wanted.device).expand(len(wanted), -1, -1)
         return wanted.gather(-1, ids).argmax(dim=-1)
 
     def _metrics(self, prediction) -> dict[str, float]:
-        if not self.policy.action_config.is_per_number:
-            real = prediction.label_ids != IGNORED
-            return {"token_accuracy": float((prediction.predictions == prediction.label_ids)[real].mean())}
-        return chunk_metrics(
-            self.policy.action_config, self.unnorm_key, prediction.predictions, prediction.label_ids[:, :-1]
-        )
+        """Metrics of teacher-forced predictions."""
+        return metrics_of(self.policy.action_config, self.unnorm_key, prediction.predictions, prediction.label_ids)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         # Trainer would give the file's weight names to the model as they are. Where Transformers converts names on
@@ -167,35 +158,3 @@ def taco_loss_of(config: ActionConfig, args, unnorm_key: str) -> TACOLoss | None
         )
     constraints = None if args.taco_constraints is None else parse_constraints(args.taco_constraints)
     return TACOLoss(constraints, config, unnorm_key)
-
-
-def chunk_metrics(config: ActionConfig, unnorm_key: str, codes: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Metrics of teacher-forced predictions.
-
-    Args:
-        config: turns codes and ids into actions.
-        unnorm_key: which statistics and action space.
-        codes: (n, horizon * dof) predicted codes.
-        labels: (n, horizon * dof) demonstrated token ids, -100 on padding.
-
-    Returns:
-        Token accuracy, L1 in normalized units and in real units per dimension (`l1/x` is in the unit of x), and the
-        accuracy of the gripper's state where the space names one.
-    """
-    space = config.space(unnorm_key)
-    chunk = (len(labels), config.horizon, space.dof)
-    pad_mask = (labels.reshape(chunk) != IGNORED).all(axis=-1)
-    ids = np.where(labels == IGNORED, config.vocabulary.to_ids(np.zeros_like(labels)), labels)
-    true_normalized, true_actions = config.decode(ids, unnorm_key)
-    normalized, actions = config.decode(config.vocabulary.to_ids(codes), unnorm_key)
-    true_codes = config.vocabulary.to_codes(ids).reshape(chunk)
-    metrics = {
-        **token_accuracy(codes.reshape(chunk), true_codes, pad_mask, space.names),
-        **action_metrics(normalized, true_normalized, pad_mask, space.names, "l1_normalized"),
-        **action_metrics(actions, true_actions, pad_mask, space.names, "l1"),
-    }
-    if space.gripper is not None:
-        dim = space.index(space.gripper.dim)
-        states = (space.gripper.open, space.gripper.closed)
-        metrics.update(gripper_accuracy(actions[..., dim], true_actions[..., dim], pad_mask, *states))
-    return metrics
