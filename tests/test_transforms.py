@@ -308,3 +308,16 @@ def test_bridge_s_real_episodes_lose_their_first_and_last_step(shared):
     gripper = [slow_decided(source.actions[e.start + 1 : e.stop, 6].tolist())[:-1] for e in source.episodes]
     assert dataset.actions[:, 6].tolist() == np.concatenate(gripper).tolist()
     assert dataset.frame(0, "image_0").tobytes() == source.frame(1, "image_0").tobytes()
+
+
+def test_training_opens_a_dataset_through_a_transform_that_says_what_the_actions_mean(bridge):
+    from hf_vla_actions.errors import TrainingError
+    from hf_vla_actions.train.arguments import DataArguments
+    from hf_vla_actions.train.setup import open_dataset, space_of
+
+    args = DataArguments(dataset=str(bridge.root), transform="bridge_orig")
+    dataset = open_dataset(args)
+    assert (dataset.n_frames, space_of(dataset, args)) == (5, TRANSFORMS["bridge_orig"].result)
+    declared = DataArguments(dataset=str(bridge.root), transform="bridge_orig", gripper="gripper")
+    with pytest.raises(TrainingError, match="bridge_orig says what the actions mean; leave out"):
+        space_of(dataset, declared)

@@ -12,6 +12,8 @@ from hf_vla_actions.data.lerobot_folder import LeRobotFolder
 from hf_vla_actions.data.lerobot_info import read_info
 from hf_vla_actions.data.lerobot_v2 import LeRobotV2Dataset
 from hf_vla_actions.data.reader import EpisodeReader
+from hf_vla_actions.data.transforms_dataset import TransformedDataset
+from hf_vla_actions.data.transforms_table import Transform, find_transform
 from hf_vla_actions.errors import DatasetError
 
 
@@ -22,6 +24,7 @@ def open_dataset(
     action_key: str | None = None,
     state_key: str | None = "",
     revision: str | None = None,
+    transform: Transform | str | None = None,
 ) -> EpisodeReader:
     """Open robot data: a LeRobotDataset v3.0, v2.1 or v2.0, or RLDS as TensorFlow Datasets stores it.
 
@@ -33,6 +36,8 @@ def open_dataset(
         state_key: feature that holds the proprio; the default is the usual one of the format where there is one, and
             None reads none.
         revision: branch, tag or commit of a repository.
+        transform: what to do with the numbers: one of `TRANSFORMS` by its name (`bridge_orig`), one's own as
+            `module:attribute`, or a `Transform`. What comes back is a `TransformedDataset` then.
 
     Returns:
         The reader; numbers are read, pictures and videos are not.
@@ -40,6 +45,10 @@ def open_dataset(
     Raises:
         DatasetError: there is no such folder or repository, nothing in it is known, or what it holds is damaged.
     """
+    if transform is not None:
+        transform = find_transform(transform) if isinstance(transform, str) else transform
+        dataset = open_dataset(path, cameras=cameras, action_key=action_key, state_key=state_key, revision=revision)
+        return TransformedDataset(dataset, transform)
     files = find_files(path, revision)
     options: dict[str, Any] = {"cameras": cameras}
     if action_key is not None:

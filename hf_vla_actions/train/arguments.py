@@ -95,7 +95,20 @@ class DataArguments:
     cameras: list[str] | None = field(
         default=None, metadata={"help": "Cameras to use, such as image_0. Default: all."}
     )
-    action_key: str = field(default="action", metadata={"help": "Column of the actions."})
+    action_key: str = field(
+        default="action",
+        metadata={
+            "help": "Column of the actions; several of an RLDS dataset with commas, to be joined in this order."
+        },
+    )
+    transform: str | None = field(
+        default=None,
+        metadata={
+            "help": "What to do with the dataset's numbers first: bridge_orig (as OpenVLA: first step dropped, gripper "
+            "decided, actions from reached states), bridge_orig_commanded, fractal, libero, calvin, calvin_metric, or your "
+            "own as module:name. It says what the actions mean, so leave out --action_* and --gripper*."
+        },
+    )
     horizon: int | None = field(
         default=None, metadata={"help": "Actions predicted at once (length of a chunk). Default: 1."}
     )

@@ -14,7 +14,7 @@ from transformers.utils import cached_file
 from hf_vla_actions.actions import ActionSpace, ActionStats, Gripper, NormStats
 from hf_vla_actions.config import DEFAULT_PROMPT, ActionConfig
 from hf_vla_actions.config import FILE_NAME as ACTION_CONFIG_FILE
-from hf_vla_actions.data import ChunkDataset, EpisodeReader
+from hf_vla_actions.data import ChunkDataset, EpisodeReader, TransformedDataset
 from hf_vla_actions.data import open_dataset as open_path
 from hf_vla_actions.errors import TrainingError
 from hf_vla_actions.models import load_model, to_vla
@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 def open_dataset(args: DataArguments) -> EpisodeReader:
     """Open the dataset that the options name."""
-    return open_path(args.dataset, cameras=args.cameras, action_key=args.action_key)
+    return open_path(args.dataset, cameras=args.cameras, action_key=args.action_key, transform=args.transform)
 
 
 def split_episodes(dataset: EpisodeReader, eval_fraction: float, seed: int) -> tuple[list[int], list[int]]:
@@ -72,6 +72,14 @@ def chunk_datasets(dataset: EpisodeReader, args: DataArguments, horizon: int, se
 
 def space_of(dataset: EpisodeReader, args: DataArguments) -> ActionSpace:
     """The action space that the dataset and the options declare; what nobody says stays unknown."""
+    if isinstance(dataset, TransformedDataset):
+        declared = (args.action_names, args.action_units, args.action_kind, args.action_frame, args.gripper)
+        if any(declared):
+            raise TrainingError(
+                f"the transform {dataset.transform.name} says what the actions mean; leave out --action_names, "
+                "--action_units, --action_kind, --action_frame and --gripper"
+            )
+        return dataset.space
     names = args.action_names or dataset.action_names
     if names is None:
         if args.action_units or args.action_kind or args.action_frame or args.gripper not in (None, "none"):
