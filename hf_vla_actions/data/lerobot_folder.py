@@ -1,9 +1,9 @@
-"""What the LeRobotDataset folders of all versions share: features, rows and their checks."""
+"""What LeRobotDatasets of all versions share: features, rows and their checks."""
 
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,40 +19,22 @@ BOOKKEEPING = ("timestamp", "frame_index", "episode_index", "index", "task_index
 STATE_KEY = "observation.state"
 
 
-class LeRobotFolder(EpisodeReader):
-    """Base of the readers of LeRobotDataset folders.
-
-    Args:
-        path: folder that holds `meta/info.json`, or the `Files` of the dataset.
-        cameras: the cameras to use, by full name or by its last part (`image_0`); None for all there are.
-        action_key: feature that holds the actions.
-        state_key: feature that holds the proprio; None reads none. The default may be absent, any other may not.
+class LeRobotReader(EpisodeReader):
+    """Base of the readers of LeRobotDatasets, in folders or alive.
 
     Attributes:
-        info: `meta/info.json` as it is.
-        files: where the files lie.
+        features: facts of each feature, as in `meta/info.json`.
     """
 
     fps: float
     timestamps: np.ndarray
+    features: dict[str, Any]
+    action_key: str
+    state_key: str | None
 
-    def __init__(
-        self,
-        path: str | Path | Files,
-        *,
-        cameras: Sequence[str] | None = None,
-        action_key: str = "action",
-        state_key: str | None = STATE_KEY,
-    ):
-        super().__init__()
-        import_parquet()
-        self.files = path if isinstance(path, Files) else Files(path)
-        self.root, self.name = self.files.root, self.files.name
-        self.info = read_info(self.root)
-        self._check_version(str(self.info["codebase_version"]))
-        features = self.info["features"]
-        self.fps = float(self.info["fps"])
-        self.robot_type = self.info.get("robot_type")
+    def _choose_features(self, features: dict[str, Any], action_key: str, state_key: str | None) -> None:
+        """Set the cameras there are, and the features of actions and states, with the names of their dimensions."""
+        self.features = features
         self.camera_names = tuple(key for key, feature in features.items() if is_camera(feature))
         vectors = [key for key, f in features.items() if is_vector(f) and key not in BOOKKEEPING]
         self.action_key = match_name(action_key, vectors, "action_key", self.root)
@@ -62,62 +44,32 @@ class LeRobotFolder(EpisodeReader):
         self.action_names = self._names_of("action", self.action_key)
         self.state_names = None if self.state_key is None else self._names_of("state", self.state_key)
 
-        stops = self._read_episodes()
-        self.cameras = self._default_cameras() if cameras is None else self._choose(cameras)
-        self._read_rows(stops)
-        self.n_frames, self.dof = self.actions.shape
-
-    @abc.abstractmethod
-    def _check_version(self, version: str) -> None:
-        """Refuse a version that this class does not read."""
-
-    @abc.abstractmethod
-    def _read_episodes(self) -> list[int]:
-        """Set `_numbers` and `_starts` from the tables of the episodes; return the row after each one's last."""
-
-    @abc.abstractmethod
-    def _read_parts(self, columns: Sequence[str]) -> list[Any]:
-        """Columns of all data files in row order, as tables."""
-
-    @abc.abstractmethod
-    def _read_texts(self) -> tuple[str, dict[int, str]]:
-        """Name of the table of tasks, for messages, and its texts by task index."""
-
-    def _default_cameras(self) -> tuple[str, ...]:
-        return self.camera_names
-
     def _names_of(self, section: str, key: str) -> list[str] | None:
-        feature = self.info["features"][key]
+        feature = self.features[key]
         names = dimension_names(feature)
         return group_names(self.root / "meta" / "modality.json", section, key, feature["shape"][0], names)
 
-    def _check_counts(self, n_episodes: int) -> None:
-        """The tables have as many episodes as meta/info.json says, and there are some."""
-        if not n_episodes or self.info["total_frames"] == 0:
-            raise DatasetError(f"{self.root} is empty: {n_episodes} episodes, {self.info['total_frames']} frames")
-        if n_episodes != self.info["total_episodes"]:
-            raise DatasetError(
-                f"{self.root} is inconsistent: meta/info.json says {self.info['total_episodes']} episodes, the table of "
-                f"episodes has {n_episodes}"
-            )
-
-    def _read_rows(self, stops: list[int]) -> None:
-        """Read the numbers of all rows, and check them against the tables."""
+    @property
+    def _columns(self) -> list[str]:
         keys = [key for key in (self.action_key, self.state_key) if key is not None]
-        parts = self._read_parts([*keys, "episode_index", "task_index", "timestamp"])
-        n_rows = sum(part.num_rows for part in parts)
-        if n_rows != self.info["total_frames"]:
-            raise DatasetError(
-                f"{self.root} is inconsistent: meta/info.json says {self.info['total_frames']} frames, the data files of "
-                f"its episodes have {n_rows}"
-            )
+        return [*keys, "episode_index", "task_index", "timestamp"]
+
+    def _take(self, parts: list[Any], stops: list[int], tasks: Callable[[], tuple[str, dict[int, str]]]) -> None:
+        """Take the numbers of all rows, checked.
+
+        Args:
+            parts: tables with `_columns`, in row order.
+            stops: row after each episode's last.
+            tasks: gives the name of the table of tasks, for messages, and its texts by task index.
+        """
         self._check_episodes(concatenate(parts, "episode_index"), stops)
         self.timestamps = concatenate(parts, "timestamp").astype(np.float64)
         self._check_times(self.timestamps)
         self.actions = self._vectors(parts, self.action_key)
         self.states = None if self.state_key is None else self._vectors(parts, self.state_key)
+        self.n_frames, self.dof = self.actions.shape
         self._task_index = concatenate(parts, "task_index")
-        where, texts = self._read_texts()
+        where, texts = tasks()
         self._tasks = used_tasks(where, texts, self._task_index)
         self.instructions = tuple(self._tasks.values())
         self.episodes = self._make_episodes(stops)
@@ -149,7 +101,79 @@ class LeRobotFolder(EpisodeReader):
             raise DatasetError(f"{key!r} of {self.root} cannot be used: {error}") from error
         values, lengths = (np.concatenate(column) for column in zip(*columns, strict=True))
         hint = ", or pass state_key=None" if key == self.state_key else ""
-        return self._checked(values, lengths, int(np.prod(self.info["features"][key]["shape"])), key, hint)
+        return self._checked(values, lengths, int(np.prod(self.features[key]["shape"])), key, hint)
+
+
+class LeRobotFolder(LeRobotReader):
+    """Base of the readers of LeRobotDataset folders.
+
+    Args:
+        path: folder that holds `meta/info.json`, or the `Files` of the dataset.
+        cameras: the cameras to use, by full name or by its last part (`image_0`); None for all there are.
+        action_key: feature that holds the actions.
+        state_key: feature that holds the proprio; None reads none. The default may be absent, any other may not.
+
+    Attributes:
+        info: `meta/info.json` as it is.
+        files: where the files lie.
+    """
+
+    def __init__(
+        self,
+        path: str | Path | Files,
+        *,
+        cameras: Sequence[str] | None = None,
+        action_key: str = "action",
+        state_key: str | None = STATE_KEY,
+    ):
+        super().__init__()
+        import_parquet()
+        self.files = path if isinstance(path, Files) else Files(path)
+        self.root, self.name = self.files.root, self.files.name
+        self.info = read_info(self.root)
+        self._check_version(str(self.info["codebase_version"]))
+        self.fps = float(self.info["fps"])
+        self.robot_type = self.info.get("robot_type")
+        self._choose_features(self.info["features"], action_key, state_key)
+        stops = self._read_episodes()
+        self.cameras = self._default_cameras() if cameras is None else self._choose(cameras)
+        parts = self._read_parts(self._columns)
+        n_rows = sum(part.num_rows for part in parts)
+        if n_rows != self.info["total_frames"]:
+            raise DatasetError(
+                f"{self.root} is inconsistent: meta/info.json says {self.info['total_frames']} frames, the data files of "
+                f"its episodes have {n_rows}"
+            )
+        self._take(parts, stops, self._read_texts)
+
+    @abc.abstractmethod
+    def _check_version(self, version: str) -> None:
+        """Refuse a version that this class does not read."""
+
+    @abc.abstractmethod
+    def _read_episodes(self) -> list[int]:
+        """Set `_numbers` and `_starts` from the tables of the episodes; return the row after each one's last."""
+
+    @abc.abstractmethod
+    def _read_parts(self, columns: Sequence[str]) -> list[Any]:
+        """Columns of all data files in row order, as tables."""
+
+    @abc.abstractmethod
+    def _read_texts(self) -> tuple[str, dict[int, str]]:
+        """Name of the table of tasks, for messages, and its texts by task index."""
+
+    def _default_cameras(self) -> tuple[str, ...]:
+        return self.camera_names
+
+    def _check_counts(self, n_episodes: int) -> None:
+        """The tables have as many episodes as meta/info.json says, and there are some."""
+        if not n_episodes or self.info["total_frames"] == 0:
+            raise DatasetError(f"{self.root} is empty: {n_episodes} episodes, {self.info['total_frames']} frames")
+        if n_episodes != self.info["total_episodes"]:
+            raise DatasetError(
+                f"{self.root} is inconsistent: meta/info.json says {self.info['total_episodes']} episodes, the table of "
+                f"episodes has {n_episodes}"
+            )
 
 
 def concatenate(parts: list[Any], name: str) -> np.ndarray:
