@@ -283,7 +283,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             results.add(row)
             print(f"{name}, seed {seed}: success {row['success']:.2f}, {row['seconds']:.0f} s", flush=True)
     if not results.has("softmax", 0):
-        results.add(softmax_cost(2 if args.quick else 15))
+        results.add(softmax_cost(1, words=500) if args.quick else softmax_cost(15))
     if all(results.has(name, 0) for name in (REFERENCE, "FAST", "VQ")) and not results.has("timing", 0):
         results.add(timing(bench or Bench(setting), folder, 0, 2 if args.quick else 40))
     print(tables(results.content["rows"]))

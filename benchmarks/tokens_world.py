@@ -37,11 +37,11 @@ class Setting:
         max_steps: of an episode.
     """
 
-    demonstrations: int = 3000
+    demonstrations: int = 2000
     held_out: int = 100
-    sight: int = 1200
-    steps: int = 900
-    batch_size: int = 32
+    sight: int = 1500
+    steps: int = 1000
+    batch_size: int = 16
     learning_rate: float = 1e-3
     judged: int = 200
     execute: int = 4
