@@ -33,10 +33,10 @@ class Moments:
 
     @classmethod
     def of(cls, rows: np.ndarray) -> Moments:
-        """Moments of (n, columns) finite float64."""
+        """Moments of (n, columns) finite floats."""
         sums, squares = [0] * rows.shape[1], [0] * rows.shape[1]
         for start in range(0, len(rows), ROWS):
-            _add(np.ascontiguousarray(rows[start : start + ROWS].T), sums, squares)
+            _add(np.ascontiguousarray(rows[start : start + ROWS].T, dtype=np.float64), sums, squares)
         return cls(len(rows), tuple(sums), tuple(squares))
 
     def __add__(self, other: Moments) -> Moments:
