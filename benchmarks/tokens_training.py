@@ -2,8 +2,9 @@
 
 The model and the prompt are the demo's, the task is that of `tokens_world.py`. The backbone learns to see first, as those
 of real policies have: a linear layer on the last position of the prompt regresses the way to the named block (no tokens
-are involved, so no tokenizer is favored), and every policy of a seed starts from these weights. Without it some thousand chunks at
-this horizon teach a model this small to copy numbers from step to step, but hardly where the block is.
+are involved, so no tokenizer is favored), and every policy of a seed starts from these weights. Without it 48,000 chunks
+taught 256 bins to copy numbers from step to step, but not where the block is: 5.4 of ln 256 = 5.5 nats on the first x, 28 %
+success.
 """
 
 from __future__ import annotations
