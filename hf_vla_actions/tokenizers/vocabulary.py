@@ -157,7 +157,7 @@ class ActionVocabulary:
         Source: starVLA, `QwenFast.py`, which has the range of their ids written down for two tokenizers; here they are
         looked up.
         """
-        tokens = _numbered(pattern, n_codes)
+        tokens = numbered(pattern, n_codes)
         vocabulary = tokenizer.get_vocab()
         missing = [token for token in tokens if token not in vocabulary]
         if missing and not add:
@@ -356,7 +356,8 @@ def _paligemma_size(tokenizer) -> int:
     return int(last) + 1
 
 
-def _numbered(pattern: str, n_codes: int) -> list[str]:
+def numbered(pattern: str, n_codes: int) -> list[str]:
+    """Texts of the tokens 0 to n_codes - 1 by a pattern such as '<robot_action_{}>'; another kind of pattern raises."""
     try:
         tokens = [pattern.format(code) for code in range(n_codes)]
     except (IndexError, KeyError, ValueError, AttributeError):

@@ -48,6 +48,9 @@ class ModelArguments:
     fast_vocab: int | None = field(
         default=None, metadata={"help": "For --action_tokenizer fast: codes at most. Default: 1024."}
     )
+    vq_steps: int | None = field(
+        default=None, metadata={"help": "For --action_tokenizer vq: batches to learn from. Default: 3000."}
+    )
     action_layout: str | None = field(
         default=None,
         metadata={

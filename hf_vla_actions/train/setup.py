@@ -24,6 +24,7 @@ from hf_vla_actions.models.families import OPENVLA_TYPE, family_of
 from hf_vla_actions.models.openvla import action_config_of
 from hf_vla_actions.tokenizers import FASTActionTokenizer
 from hf_vla_actions.tokenizers.fast_length import code_budget
+from hf_vla_actions.tokenizers.vocabulary import numbered
 from hf_vla_actions.train.arguments import DataArguments, ModelArguments
 from hf_vla_actions.train.augment import SlowedChunks
 from hf_vla_actions.train.recipes import RECIPES
@@ -275,12 +276,13 @@ def _type_of(path: str) -> str | None:
 
 def _check_unchanged(model, old: ActionConfig, model_args: ModelArguments, data_args: DataArguments, dataset) -> None:
     """Refuse options that a trained policy cannot change: its tokens would mean something else."""
+    named = None if model_args.named_tokens is None else numbered(model_args.named_tokens, 1)[0]
     asked: dict[str, tuple[Any, Any]] = {
         "--prompt": (model_args.prompt, old.prompt),
         "--n_bins": (model_args.n_bins, old.tokenizer.n_codes),
         "--action_layout": (model_args.action_layout, old.vocabulary.layout),
         "--spare_from": (model_args.spare_from, int(old.vocabulary.token_ids.min())),
-        "--named_tokens": (model_args.named_tokens and model_args.named_tokens.format(0), old.vocabulary.tokens[0]),
+        "--named_tokens": (named, old.vocabulary.tokens[0]),
         "--horizon": (data_args.horizon, old.horizon),
         "--no_chat": (None if model_args.chat else False, old.chat),
     }

@@ -24,7 +24,7 @@ from hf_vla_actions.tokenizers.fast_fit import report
 from hf_vla_actions.train.arguments import DataArguments, ModelArguments
 
 logger = logging.getLogger(__name__)
-DEFAULT_BINS, DEFAULT_SCALE, DEFAULT_VOCABULARY = 256, 10.0, 1024
+DEFAULT_BINS, DEFAULT_SCALE, DEFAULT_VOCABULARY, DEFAULT_STEPS = 256, 10.0, 1024, 3000
 KINDS = {"uniform": UniformActionTokenizer, "fast": FASTActionTokenizer, "vq": VQActionTokenizer}
 MAX_CHUNKS = 20_000
 """Chunks that a FAST tokenizer is fitted to at most."""
@@ -43,6 +43,8 @@ def check_tokens(args: ModelArguments, data: DataArguments) -> None:
         raise TrainingError(
             "--fast_scale and --fast_vocab are for a tokenizer that is fitted here: pass --action_tokenizer fast"
         )
+    if kind != "vq" and args.vq_steps is not None:
+        raise TrainingError("--vq_steps is for a tokenizer that is fitted here: pass --action_tokenizer vq")
     if kind != "uniform" and layout == "per_dimension":
         raise TrainingError(
             f"--action_tokenizer {kind}: its codes stand for whole chunks, so no dimension has tokens of its own: use "
@@ -64,8 +66,11 @@ def check_tokens(args: ModelArguments, data: DataArguments) -> None:
 
 def check_bins(args: ModelArguments) -> None:
     """Refuse another action tokenizer than bins for a checkpoint of the original OpenVLA, which has its own."""
-    if args.action_tokenizer not in (None, "uniform") or args.fast_scale is not None or args.fast_vocab is not None:
-        raise TrainingError("OpenVLA speaks in bins of its own: leave --action_tokenizer and --fast_... out")
+    fits = (args.fast_scale, args.fast_vocab, args.vq_steps)
+    if args.action_tokenizer not in (None, "uniform") or any(option is not None for option in fits):
+        raise TrainingError(
+            "OpenVLA speaks in bins of its own: leave --action_tokenizer, --fast_... and --vq_steps out"
+        )
 
 
 def check_size(vocab_size: int, horizon: int, scale: float, option: str) -> None:
@@ -119,7 +124,9 @@ def action_tokenizer_of(
     ]
     fitted = parts_chunks[0]
     logger.info("fitting a %s tokenizer to %d chunks of %d episodes", kind.upper(), len(fitted), len(parts[0]))
-    tokenizer = _fit_fast(args, fitted, space, stats) if kind == "fast" else _fit_vq(fitted, parts_chunks[1:], seed)
+    tokenizer = (
+        _fit_fast(args, fitted, space, stats) if kind == "fast" else _fit_vq(args, fitted, parts_chunks[1:], seed)
+    )
     # Each process has fitted its own: what they call by a code must be the same everywhere.
     if torch.distributed.is_initialized() and len(set(gather_object([_digest(tokenizer)]))) > 1:
         raise TrainingError(
@@ -149,9 +156,11 @@ def _fit_fast(args: ModelArguments, fitted: np.ndarray, space: ActionSpace, stat
     return tokenizer
 
 
-def _fit_vq(fitted: np.ndarray, held_out: list[np.ndarray], seed: int) -> VQActionTokenizer:
+def _fit_vq(args: ModelArguments, fitted: np.ndarray, held_out: list[np.ndarray], seed: int) -> VQActionTokenizer:
     tokenizer = VQActionTokenizer(fitted.shape[2], fitted.shape[1])
-    history = tokenizer.fit(fitted, held_out=held_out[0] if held_out else 0.0, seed=seed)
+    others = held_out[0] if held_out else 0.0
+    steps = DEFAULT_STEPS if args.vq_steps is None else args.vq_steps
+    history = tokenizer.fit(fitted, held_out=others, steps=steps, seed=seed)
     logger.info("VQ: %d codes a chunk, weights of step %d", tokenizer.n_tokens, history.best.step)
     return tokenizer
 
@@ -188,7 +197,11 @@ def vocabulary_of(tokenizer, args: ModelArguments, n_codes: int, dof: int) -> Ac
 def check_same_tokenizer(args: ModelArguments, old: ActionConfig) -> None:
     """Refuse options that ask a trained policy for another action tokenizer: its tokens would mean something else."""
     asked, has = args.action_tokenizer, next(name for name, kind in KINDS.items() if isinstance(old.tokenizer, kind))
-    for option, value in (("--fast_scale", args.fast_scale), ("--fast_vocab", args.fast_vocab)):
+    for option, value in (
+        ("--fast_scale", args.fast_scale),
+        ("--fast_vocab", args.fast_vocab),
+        ("--vq_steps", args.vq_steps),
+    ):
         if value is not None:
             raise TrainingError(f"the policy has an action tokenizer already ({has}); leave {option} out")
     if asked is not None and asked != has and (asked in KINDS or read_tokenizer(asked) != old.tokenizer):

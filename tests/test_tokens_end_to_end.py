@@ -1,0 +1,177 @@
+"""FAST and VQ from a dataset to the robot: the command fits and trains, and what it saved predicts the same wherever it lies."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from local_hub import LocalHub
+from test_train import command_line, write_dataset
+from tiny import save_native_llava
+
+from hf_vla_actions import AutoModelForActionPrediction, FASTActionTokenizer, VQActionTokenizer
+from hf_vla_actions.cli import main as hf_vla
+from hf_vla_actions.data import open_dataset
+from hf_vla_actions.hub import inspect_checkpoint
+from hf_vla_actions.train.__main__ import main
+
+torch.set_num_threads(1)
+FEW = ["--use_cpu", "--max_steps", "2", "--save_strategy", "no", "--disable_tqdm", "true"]
+FEW += ["--per_device_train_batch_size", "4", "--learning_rate", "1e-3"]
+HORIZON = ["--horizon", "8"]
+SMALL = {"fast": ["--fast_vocab", "400", "--fast_scale", "12"], "vq": ["--vq_steps", "20"]}
+# What a process does that knows the Hub only: load, predict, inspect.
+ON_THE_HUB = """
+import json, sys
+import numpy as np
+from hf_vla_actions import AutoModelForActionPrediction
+from hf_vla_actions.hub import inspect_checkpoint
+found = {}
+for repository in sys.argv[2:]:
+    vla = AutoModelForActionPrediction.from_pretrained(repository, self_test=False)
+    picture = np.load(sys.argv[1])
+    actions = vla.predict_action(**vla.prepare([picture], "turn lever vertical to front"))
+    report = inspect_checkpoint(repository)
+    found[repository] = {"actions": actions.tolist(), "problems": report.problems, "kind": report.kind}
+    found[repository] |= {"cached": [note for note in report.notes if "cache" in note], "bins": report.tokens.bins}
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return save_native_llava(tmp_path_factory.mktemp("base") / "llava", seed=3)
+
+
+@pytest.fixture(scope="module")
+def robot(tmp_path_factory):
+    return write_dataset(tmp_path_factory.mktemp("data") / "robot", episodes=5, steps=9)
+
+
+def first_actions(vla, dataset):
+    images = [dataset.frame(0, camera) for camera in dataset.cameras]
+    return vla.predict_action(**vla.prepare(images, "turn lever vertical to front"))
+
+
+@pytest.fixture(scope="module")
+def bridge_policies(base, shared, tmp_path_factory):
+    """FAST in full and as an adapter, VQ as an adapter: trained for two steps on real episodes."""
+    folder = tmp_path_factory.mktemp("bridge")
+    bridge = shared / "data/bridge_sample"
+    common = [*FEW, *HORIZON, "--cameras", "image_0", "--skip_first", "1", "--eval_fraction", "0.2"]
+    for name, kind, more in (
+        ("fast", "fast", []),
+        ("fast_lora", "fast", ["--use_peft", "--lora_r", "4"]),
+        ("vq_lora", "vq", ["--use_peft", "--lora_r", "4"]),
+    ):
+        argv = command_line(base, bridge, folder / name)
+        assert main([*argv, *common, "--action_tokenizer", kind, *SMALL[kind], *more]) == 0
+    return folder
+
+
+def test_policies_of_real_episodes_come_back_from_their_folder(bridge_policies, shared):
+    dataset = open_dataset(shared / "data/bridge_sample", cameras=["image_0"])
+    for name in ("fast", "fast_lora", "vq_lora"):
+        folder = bridge_policies / name
+        one, other = (AutoModelForActionPrediction.from_pretrained(folder, self_test=False) for _ in range(2))
+        actions = first_actions(one, dataset)
+        assert actions.shape == (1, 8, 7)
+        np.testing.assert_array_equal(first_actions(other, dataset), actions)
+        report = inspect_checkpoint(str(folder))
+        assert not report.problems
+        metrics = json.loads((folder / "action_metrics.json").read_text())
+        wanted = "eval_malformed_chunks" if name != "vq_lora" else "eval_l1/x"
+        assert np.isfinite(metrics[wanted])
+        config = one.action_config
+        stats = config.stats()
+        assert isinstance(config.tokenizer, VQActionTokenizer if name == "vq_lora" else FASTActionTokenizer)
+        assert stats.mask.tolist() == [True] * 6 + [False]
+        if name != "vq_lora":
+            assert config.tokenizer.scale == 12
+            longest = max(map(len, config.encode(np.stack([dataset.actions[:8], dataset.actions[10:18]]))))
+            assert longest <= config.max_tokens() < 56
+    # A merged adapter is a whole policy, tokenizer and budget with it.
+    adapter = AutoModelForActionPrediction.from_pretrained(bridge_policies / "fast_lora", self_test=False)
+    merged = adapter.merge_and_unload()
+    merged.save_pretrained(bridge_policies / "merged")
+    alone = AutoModelForActionPrediction.from_pretrained(bridge_policies / "merged", self_test=False)
+    assert alone.action_config == adapter.action_config
+    np.testing.assert_array_equal(first_actions(alone, dataset), first_actions(merged, dataset))
+
+
+def test_policies_come_back_from_the_hub(bridge_policies, base, shared, tmp_path):
+    dataset = open_dataset(shared / "data/bridge_sample", cameras=["image_0"])
+    np.save(tmp_path / "picture.npy", np.asarray(dataset.frame(0, dataset.cameras[0])))
+    folders = {"me/base": base}
+    for name in ("fast", "fast_lora", "vq_lora"):
+        folders[f"me/{name}"] = tmp_path / name
+        shutil.copytree(bridge_policies / name, tmp_path / name)
+        adapter = tmp_path / name / "adapter_config.json"
+        if adapter.is_file():  # as pushed: its base is a repository too
+            values = json.loads(adapter.read_text())
+            adapter.write_text(json.dumps({**values, "base_model_name_or_path": "me/base"}))
+    with LocalHub(folders) as hub:
+        names = ["me/fast", "me/fast_lora", "me/vq_lora"]
+        done = subprocess.run(
+            [sys.executable, "-c", ON_THE_HUB, str(tmp_path / "picture.npy"), *names],
+            env={**os.environ, **hub.environment(tmp_path / "cache")},
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+            cwd=tmp_path / "fast",  # a folder of another name than any repository
+        )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    for name in ("fast", "fast_lora", "vq_lora"):
+        here = AutoModelForActionPrediction.from_pretrained(bridge_policies / name, self_test=False)
+        there = found[f"me/{name}"]
+        np.testing.assert_array_equal(there["actions"], first_actions(here, dataset))
+        assert there["problems"] == there["cached"] == []
+        assert there["kind"] == ("policy" if name == "fast" else "adapter of a policy")
+    assert [found[f"me/{name}"]["bins"] for name in ("fast", "vq_lora")] == [
+        "FASTActionTokenizer",
+        "VQActionTokenizer",
+    ]
+    for name in ("fast/resolve/main/fast_tokenizer.json", "vq_lora/resolve/main/vq_tokenizer.safetensors"):
+        assert any(path.endswith(name) for path in hub.asked), name
+
+
+def test_forty_four_joints_of_a_humanoid_most_of_them_still(base, shared, tmp_path):
+    """LeRobot v2.0; 25 of its 44 dimensions never move."""
+    folder = shared / "data/groot_demo_v2/demo_data/robot_sim.PickNPlace"
+    assert main([*command_line(base, folder, tmp_path / "out"), *FEW, *HORIZON, "--action_tokenizer", "fast"]) == 0
+    vla = AutoModelForActionPrediction.from_pretrained(tmp_path / "out", self_test=False)
+    dataset = open_dataset(folder)
+    actions = first_actions(vla, dataset)
+    assert actions.shape == (1, 8, 44)
+    stats = vla.action_config.stats()
+    still = stats.constant
+    assert still.sum() == 25
+    np.testing.assert_array_equal(actions[0][:, still], np.broadcast_to(dataset.actions[0][still], (8, 25)))
+    assert vla.action_config.max_tokens() < 8 * 44 / 2
+    # Demonstrated chunks fit into the budget, and come back as exactly as the scale says.
+    chunks = np.stack([dataset.actions[i : i + 8] for i in range(0, 200, 8)])
+    ids = vla.action_config.encode(chunks)
+    assert max(map(len, ids)) <= vla.action_config.max_tokens()
+    normalized = vla.action_config.decode(ids)[0]
+    assert np.abs(normalized - stats.normalize(chunks)).max() < 0.15
+
+
+def test_a_training_fits_what_the_command_fits(robot, base, tmp_path):
+    split = ["--eval_fraction", "0.2", "--seed", "7", "--skip_first", "1"]
+    argv = ["fit-fast", "--dataset", str(robot), *HORIZON, "--output", str(tmp_path / "fast"), "--no_table", *split]
+    assert hf_vla([*argv, "--vocab_size", "300", "--scale", "8"]) == 0
+    common = [*FEW, *HORIZON, *split, "--max_steps", "1"]
+    ways = (["fast", "--fast_vocab", "300", "--fast_scale", "8"], [str(tmp_path / "fast")])
+    configs = []
+    for i, way in enumerate(ways):
+        out = tmp_path / f"policy_{i}"
+        assert main([*command_line(base, robot, out), *common, "--action_tokenizer", *way]) == 0
+        configs.append(AutoModelForActionPrediction.from_pretrained(out, self_test=False).action_config)
+    assert configs[0] == configs[1]
+    assert configs[0].tokenizer == FASTActionTokenizer.from_pretrained(tmp_path / "fast")
