@@ -89,7 +89,9 @@ def is_univla(document: Document) -> bool:
 def read_keyed(document: Document, wish: Wish, preferred: tuple[str, ...]) -> Reading:
     """Read this package's, OpenVLA's or Octo's entries. A `mode` in the file is kept, `wish.mode` comes before it."""
     entries = _entries(document)
-    named: dict[str | None, Any] = {None: entries} if _is_lone_entry(entries) else {key: entries[key] for key in entries}
+    named: dict[str | None, Any] = (
+        {None: entries} if _is_lone_entry(entries) else {key: entries[key] for key in entries}
+    )
     found: dict[str | None, Entry] = {}
     notes: list[str] = []
     warnings: list[str] = []
@@ -107,12 +109,18 @@ def read_keyed(document: Document, wish: Wish, preferred: tuple[str, ...]) -> Re
             (warnings if both else notes).append(
                 f"{label}: the file does not say the mode, {action.mode!r} is assumed"
             )
-    names: dict[str | None, Names] = {}
-    for key, given in (document.fields.get("names") or {}).items() if is_own(document) else ():
-        names[key] = {part: tuple(dims) for part, dims in given.items()}
-    for key, space in (document.fields.get("spaces") or {}).items() if is_own(document) else ():
-        names[key] = {"action": tuple(space["names"])}
-    return Reading(found, names, tuple(warnings), tuple(notes))
+    return Reading(found, _own_names(document) if is_own(document) else {}, tuple(warnings), tuple(notes))
+
+
+def _own_names(document: Document) -> dict[str | None, Names]:
+    """Names of dimensions in this package's own files."""
+    try:
+        spaces = (document.fields.get("spaces") or {}).items()
+        names = (document.fields.get("names") or {}).items()
+        found: dict[str | None, Names] = {key: {"action": tuple(map(str, space["names"]))} for key, space in spaces}
+        return found | {key: {part: tuple(dims) for part, dims in parts.items()} for key, parts in names}
+    except (AttributeError, KeyError, TypeError) as error:
+        raise StatsError(f"{document}: its names of dimensions are malformed: {error!r}") from None
 
 
 def _read_entry(entry: Mapping[str, Any], wish: Wish, preferred: tuple[str, ...], where: str) -> Entry:

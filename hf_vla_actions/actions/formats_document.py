@@ -205,7 +205,8 @@ def whole(value: Any, where: str) -> int | None:
         value = value[0]
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or value != int(value) or value < 0:
+    number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool) and np.isfinite(value)
+    if not number or value != int(value) or value < 0:
         raise StatsError(f"{where} must be a whole number, got {value!r}")
     return int(value)
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from hf_vla_actions.actions.formats_document import (
+    STAT_NAMES,
     Document,
     Entry,
     Names,
@@ -73,8 +74,12 @@ def is_dataset(document: Document) -> bool:
 def is_relative(document: Document) -> bool:
     """`{group: {"min": [[...], ...], ...}}`: statistics by step of the horizon, no plain vectors, no other features."""
     content = document.fields
-    horizon = [np.ndim(block.get("min")) == 2 for block in content.values() if is_block(block)]
-    return _is_groups(content) and all(horizon) and not {ACTION, STATE} & set(content)
+    return _is_groups(content) and all(map(_has_rows, content.values())) and not {ACTION, STATE} & set(content)
+
+
+def _has_rows(block: Mapping[str, Any]) -> bool:
+    first = next(value for name, value in block.items() if name in STAT_NAMES)
+    return isinstance(first, list) and bool(first) and isinstance(first[0], list)
 
 
 def read_groot(document: Document, wish: Wish, preferred: tuple[str, ...]) -> Reading:
@@ -116,6 +121,8 @@ def _join_parts(
 
 def _join(groups: Mapping[str, Any], wish: Wish, preferred: tuple[str, ...], where: str):
     """One vector of all groups; inverse of `_split`. A statistic that one group lacks makes the file incomplete."""
+    if not isinstance(groups, dict) or not groups:
+        raise StatsError(f"{where} should hold groups of joints, got {str(groups)[:80]}")
     found = {group: vectors(block, f"{where}, group {group!r}") for group, block in groups.items()}
     stats = {group: sorted(parts) for group, parts in found.items()}
     if len({tuple(names) for names in stats.values()}) > 1:

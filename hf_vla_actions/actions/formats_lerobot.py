@@ -40,15 +40,18 @@ def is_lerobot(document: Document) -> bool:
     content = document.fields
     if is_block(content.get(STATE)):
         return True
-    alone = set(content) <= {"action", "proprio", "num_transitions", "num_trajectories"}
-    ours = not alone or not {"mask", "mode", "p01"} & set(content.get(ACTION) or ())
-    return is_block(content.get(ACTION)) and ours and not {"proprio", "num_transitions"} & set(content)
+    if not is_block(content.get(ACTION)) or {"proprio", "num_transitions"} & set(content):
+        return False
+    alone = set(content) <= {ACTION, "num_trajectories"}
+    return not alone or not {"mask", "mode", "p01"} & set(content[ACTION])
 
 
 def is_episodes(document: Document) -> bool:
     """Lines of `{"episode_index": ..., "stats": {...}}`."""
     rows = _rows(document)
-    return bool(rows) and all(isinstance(row, dict) and {"episode_index", "stats"} <= set(row) for row in rows)
+    return bool(rows) and all(
+        isinstance(row, dict) and "episode_index" in row and isinstance(row.get("stats"), dict) for row in rows
+    )
 
 
 def _rows(document: Document) -> list[Any]:
@@ -88,20 +91,24 @@ def read_parts(content: Mapping[str, Any], wish: Wish, preferred: tuple[str, ...
         if feature not in content:
             continue
         place = f"{where}, {feature!r}"
+        found = vectors(content[feature], place)
         count = whole(content[feature].get("count"), f"{place}: count")
-        parts[part] = stats_of(vectors(content[feature], place), wish.mode, preferred, place, count=count)
+        parts[part] = stats_of(found, wish.mode, preferred, place, count=count)
     return parts
 
 
 def feature_names(document: Document) -> Names:
     """Names of the dimensions by `info.json`, where it has one for each."""
     info = document.beside("info.json")
-    features = {} if info is None else info.fields.get("features") or {}
+    features = {} if info is None else info.fields.get("features")
+    features = features if isinstance(features, dict) else {}
     found = {}
     for part, feature in PARTS:
-        names = (features.get(feature) or {}).get("names")
+        if not isinstance(features.get(feature), dict):
+            continue
+        names = features[feature].get("names")
         names = next(iter(names.values())) if isinstance(names, dict) and len(names) == 1 else names
-        if isinstance(names, list) and [len(names)] == list(features[feature].get("shape") or ()):
+        if isinstance(names, list) and [len(names)] == features[feature].get("shape"):
             found[part] = tuple(map(str, names))
     return found
 
@@ -129,20 +136,26 @@ def read_episodes(document: Document, wish: Wish, preferred: tuple[str, ...]) ->
             "hf-vla stats on the dataset, or pass mode='bounds' or 'normal'"
         )
     rows = _rows(document)
-    indices = [
-        int(whole(row["episode_index"], f"{document}, line {i + 1}: episode_index") or 0) for i, row in enumerate(rows)
-    ]
+    indices = [_index(row["episode_index"], f"{document}, line {i + 1}") for i, row in enumerate(rows)]
     if len(set(indices)) < len(rows):
         twice = sorted({index for index in indices if indices.count(index) > 1})
         raise StatsError(f"{document} has the episodes {twice[:8]} twice: their frames would count double")
     entry: Entry = {"num_trajectories": len(rows)}
     for part, feature in PARTS:
-        blocks = [(f"{document}, line {i + 1}, {feature!r}", row["stats"].get(feature)) for i, row in enumerate(rows)]
+        places = [f"{document}, line {i + 1}, {feature!r}" for i in range(len(rows))]
+        blocks = [(place, row["stats"].get(feature)) for place, row in zip(places, rows, strict=True)]
         if part == "action" or any(block is not None for _, block in blocks):
             entry[part] = _merge(blocks, wish, preferred, f"{document}, {feature!r}")
     dropped = sorted({name for _, block in blocks for name in set(block or ()) & set(QUANTILES)})
     notes = (f"{len(rows)} episodes merged",) + ((f"quantiles of episodes not read: {dropped}",) if dropped else ())
     return named_by_folder(document, wish, entry, feature_names(document), (), notes)
+
+
+def _index(value: Any, where: str) -> int:
+    index = whole(value, f"{where}: episode_index")
+    if index is None:
+        raise StatsError(f"{where}: episode_index is missing")
+    return index
 
 
 def _merge(blocks: list[tuple[str, Any]], wish: Wish, preferred: tuple[str, ...], where: str):

@@ -81,7 +81,7 @@ def read_policy(document: Document, wish: Wish, preferred: tuple[str, ...]) -> R
             notes.append(f"there is no {name} with a {kind}: only the other one is read")
             continue
         found[kind] = _normalizer(pipeline, wish)
-        others = [str(step.get("registry_name")) for step in pipeline.fields["steps"]]
+        others = [str(s.get("registry_name") if isinstance(s, dict) else s) for s in pipeline.fields["steps"]]
         others = [step for step in others if step not in HARMLESS | {kind}]
         if others:
             notes.append(f"{name} has further steps, which may change the numbers and are not read: {others}")
@@ -96,9 +96,12 @@ def _kind(document: Document) -> str | None:
 
 def _normalizer(pipeline: Document, wish: Wish) -> Normalizer:
     step = _step(pipeline.fields) or {}
-    modes = (step.get("config") or {}).get("norm_map")
-    if not isinstance(modes, dict):
-        raise StatsError(f"{pipeline}: the step {step.get('registry_name')!r} has no norm_map")
+    config = step.get("config")
+    modes = config.get("norm_map") if isinstance(config, dict) else None
+    if not isinstance(modes, dict) or not all(isinstance(mode, str) for mode in modes.values()):
+        raise StatsError(
+            f"{pipeline}: the step {step.get('registry_name')!r} has no norm_map from feature types to modes"
+        )
     if wish.mode is not None:
         modes = {**modes, **{k: next(n for n, m in MODES.items() if m == wish.mode) for k in TYPES.values()}}
     tensors = _tensors(pipeline, step)

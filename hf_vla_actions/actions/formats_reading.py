@@ -67,7 +67,7 @@ def parse_stats(
 ) -> StatsFile:
     """Read content that is in memory, such as `processor.to_dict()` of a PI0Processor; arguments as in `read_stats`."""
     document = content if isinstance(content, Document) else Document(content)
-    name = detect_format(document) if format is None else format
+    name = detect_format(document, format)
     kind = format_of(name)
     reading = kind.read(document, Wish(key, mode, dof), kind.modes)
     reading = _name(reading, key, document)

@@ -96,7 +96,7 @@ FORMATS: dict[str, Format] = {
     ),
     "lerobot": Format(
         "LeRobot meta/stats.json (v3.0, v2.0): the policy, not the dataset, says the mode; no mask",
-        lambda document: lerobot.is_lerobot(document) and not groot.is_dataset(document),
+        lerobot.is_lerobot,
         lerobot.read_lerobot,
         ("bounds_q99", "normal", "bounds"),
         "meta/stats.json",
@@ -169,22 +169,44 @@ FORMATS: dict[str, Format] = {
 }
 
 
-def detect_format(document: Document) -> str:
-    """Name of the one format that a document has; none or several raise and say what was seen."""
-    found = [name for name, kind in FORMATS.items() if kind.matches(document)]
-    if "lingbot" in found or len(found) == 1:
-        return "lingbot" if "lingbot" in found else found[0]
+def detect_format(document: Document, format: str | None = None) -> str:
+    """Name of the one format that a document has; none or several raise and say what was seen.
+
+    Args:
+        document: the file.
+        format: the format that the caller says; it must be a possible one.
+    """
+    if format is not None:
+        format_of(format)
+    possible = [name for name, kind in FORMATS.items() if kind.matches(document)]
+    if format is not None and format in possible:
+        return format
+    if not isinstance(document.content, (dict, list)) or not document.content:
+        raise StatsError(f"{document} should hold an object with statistics, got {document.seen()}")
+    if format is not None:
+        raise StatsError(f"{document} is no {format} file: seen were {document.seen()}; it can be read as {possible}")
+    found = _telling(possible)
+    if len(found) == 1:
+        return found[0]
     if found:
         raise StatsError(
             f"{document} can be read as any of {found}, and what it means differs: pass format= one of them; seen were "
             f"{document.seen()}"
         )
-    if not isinstance(document.content, (dict, list)) or document.content == []:
-        raise StatsError(f"{document} should hold an object with statistics, got {document.seen()}")
-    raise StatsError(
-        f"{document} is not in a known format: seen were {document.seen()}; known are {sorted(FORMATS)}. pass format= if "
-        "it is one of them all the same"
-    )
+    raise StatsError(f"{document} is not in a known format: seen were {document.seen()}; known are {sorted(FORMATS)}")
+
+
+def _telling(possible: list[str]) -> list[str]:
+    """Without the formats whose frame another one fills: q02/q98, or the modality.json beside a LeRobot file."""
+    for more in ("lingbot", "groot_dataset"):
+        if more in possible:
+            return [more]
+    return possible
+
+
+def is_only(document: Document, format: str) -> bool:
+    """Whether a document is recognized as this format by its content alone."""
+    return _telling([name for name, kind in FORMATS.items() if kind.matches(document)]) == [format]
 
 
 def format_of(name: str) -> Format:

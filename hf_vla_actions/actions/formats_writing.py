@@ -13,7 +13,7 @@ import numpy as np
 
 from hf_vla_actions.actions.formats_document import Document, Names, by_step
 from hf_vla_actions.actions.formats_reading import parse_stats
-from hf_vla_actions.actions.formats_table import FORMATS, Format, format_of
+from hf_vla_actions.actions.formats_table import FORMATS, Format, format_of, is_only
 from hf_vla_actions.actions.norm_stats import NormStats
 from hf_vla_actions.actions.stats import NEEDED, VECTORS, ActionStats
 from hf_vla_actions.errors import StatsError
@@ -61,8 +61,12 @@ def write_stats(
         for name, content in files.items():
             (Path(folder) / name).write_bytes(content)
         dof = stats[key]["action"].dof if key is not None else None
-        again = parse_stats(Document.open(Path(folder) / main.name), None if kind.several else key, format, None, dof)
+        document = Document.open(Path(folder) / main.name)
+        again = parse_stats(document, None if kind.several else key, format, None, dof)
+        alone = is_only(document, format)
     lost, unused = losses(stats, again.stats, dims, again.names)
+    if not alone:
+        lost.append(f"what tells it from other formats, so that format={format!r} is needed to read it")
     if lost and not lossy:
         raise StatsError(
             f"{format} cannot hold {'; '.join(lost)}: nothing was written. pass lossy=True to write the rest, or choose "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +126,22 @@ class NormStats(Mapping):
                 f"saw the keys {sorted(content)[:8]}"
             )
         return cls({name: _read_entry(entry, f"{source}, dataset {name!r}") for name, entry in content.items()})
+
+    @classmethod
+    def compute(
+        cls,
+        dataset: Any,
+        key: str | None = None,
+        *,
+        mask: Any = None,
+        mode: str = "bounds_q99",
+        horizon: int | None = None,
+        relative: Sequence[int] | bool = False,
+    ) -> NormStats:
+        """Statistics of an open dataset; arguments and errors are those of `compute_norm_stats`."""
+        from hf_vla_actions.actions.compute import compute_norm_stats
+
+        return compute_norm_stats(dataset, key, mask=mask, mode=mode, horizon=horizon, relative=relative)
 
     def to_dict(self) -> dict[str, Any]:
         """The content of OpenVLA's `dataset_statistics.json`; inverse of `from_dict`."""
