@@ -80,7 +80,11 @@ def predict_whole_chunks(
         def more(changes: dict[str, Any]) -> Chunks:
             return _generate(policy, input_ids, key, processor, {**options, **changes})
 
-        chunks, candidate = certified(bound, chunks, more, n_candidates, bool(options.get("do_sample")))
+        sampled = bool(options.get("do_sample"))
+        shape = config.tokenizer.shape
+        if not sampled:  # a beam search finds each chunk once
+            n_candidates = min(n_candidates, shape.codebook_size**shape.n_codebooks)
+        chunks, candidate = certified(bound, chunks, more, n_candidates, sampled)
     reached = np.clip(chunks.normalized, -1.0 - beyond, 1.0 + beyond)
     actions = commanded(bound, _real(config, key, reached), mode, asked["style"])
     return ActionOutput(
