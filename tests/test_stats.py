@@ -185,3 +185,11 @@ def test_every_step_of_a_chunk_is_normalized_by_its_own(mode):
 def test_malformed_statistics_of_chunks_raise(fields, message):
     with pytest.raises(StatsError, match=message):
         ActionStats(**fields)
+
+
+def test_more_than_a_million_rows_in_memory_stay_exact():
+    rows = np.random.default_rng(0).normal(size=(1_000_001, 1))
+    stats = ActionStats.compute(rows)
+    np.testing.assert_array_equal([stats.q01, stats.q99], np.quantile(rows, [0.01, 0.99], axis=0))
+    with pytest.raises(StatsError, match="know their rows"):
+        stats.merge(stats)

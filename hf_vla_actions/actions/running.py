@@ -107,8 +107,7 @@ class RunningStats:
         if sum(part.count for part in parts) > self.exact_rows:
             need_sketches(self.exact_rows)
         for part in parts:
-            part._settle()
-            both._moments = part._moments if both._moments is None else both._moments + part._moments
+            both._moments = part.moments if both._moments is None else both._moments + part.moments
             both._min = np.minimum(both._min, part._min) if both._min.size else part._min
             both._max = np.maximum(both._max, part._max) if both._max.size else part._max
             both._kept += part._kept
@@ -141,7 +140,7 @@ class RunningStats:
             return
         self._sketches = self._sketches or [Sketch() for _ in self._min]
         while self._kept:
-            columns = np.ascontiguousarray(self._kept.pop().T, dtype=np.float64)
+            columns = np.sort(self._kept.pop().T.astype(np.float64), axis=1)  # halves the time of a sketch
             for sketch, column in zip(self._sketches, columns, strict=True):
                 sketch.update(column)
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from hf_vla_actions.actions.running import RunningStats, finite_array
+from hf_vla_actions.actions.running import EXACT_ROWS, RunningStats, finite_array
 from hf_vla_actions.errors import StatsError
 
 MODES = ("bounds_q99", "bounds", "normal")
@@ -94,15 +94,18 @@ class ActionStats:
             mask: (dof,) True where a dimension is to be normalized; all if None.
             mode: how the statistics will be used.
 
-        Quantiles are the true ones of all rows (linear interpolation, as `numpy.quantile`); see `RunningStats` for
-        more than a million rows, and for statistics of every step of a chunk.
+        Quantiles are the true ones of all rows (linear interpolation, as `numpy.quantile`). Of more than a million rows
+        they are too, but such statistics do not keep the rows and cannot be merged; `RunningStats` can, and it has
+        statistics of every step of a chunk.
         """
         rows = finite_array(array, "the data")
         if rows.ndim < 2 or not rows.size:
             raise StatsError(f"statistics need rows of actions (n, dof), got shape {rows.shape}")
-        running = RunningStats(rows.shape[-1])
-        running.update(rows.reshape(-1, rows.shape[-1]))
-        return cls.from_running(running, mask=mask, mode=mode)
+        rows = rows.reshape(-1, rows.shape[-1])
+        running = RunningStats(rows.shape[-1], exact_rows=max(EXACT_ROWS, len(rows)))
+        running.update(rows)
+        stats = cls.from_running(running, mask=mask, mode=mode)
+        return stats if len(rows) <= EXACT_ROWS else replace(stats, running=None)
 
     @classmethod
     def from_running(cls, running: RunningStats, mask=None, mode: str = "bounds_q99") -> ActionStats:
@@ -116,7 +119,7 @@ class ActionStats:
         """Statistics of the rows of both, as if they had been computed together.
 
         Raises:
-            StatsError: one of them does not know its rows (it was read from a file: quantiles do not follow from
+            StatsError: one of them does not know its rows (it was read from a file, say: quantiles do not follow from
                 quantiles), or they are used in different ways.
         """
         for stats in (self, other):
@@ -124,8 +127,8 @@ class ActionStats:
                 raise StatsError(f"ActionStats merge with ActionStats, got {type(stats).__name__}")
             if stats.running is None:
                 raise StatsError(
-                    "quantiles of a whole do not follow from quantiles of its parts: only statistics that were computed "
-                    "here can be merged. Compute each part with `hf-vla stats DATASET --shard i/n --output part.json` "
+                    "quantiles of a whole do not follow from quantiles of its parts: only statistics that know their rows "
+                    "can be merged, not those from a file. Compute each part with `hf-vla stats DATASET --shard i/n --output part.json` "
                     "and merge the files with `hf-vla stats --merge part*.json`"
                 )
         if self.mode != other.mode or not np.array_equal(np.asarray(self.mask), np.asarray(other.mask)):

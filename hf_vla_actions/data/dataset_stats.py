@@ -27,7 +27,7 @@ class Request:
     """What is to be computed of a dataset.
 
     Args:
-        key: the `unnorm_key` of the result.
+        key: the `unnorm_key` of the result; None for the dataset's name.
         action_key: feature that holds the actions; None for the usual one.
         horizon: statistics of every step of a chunk of this length; None for one for all actions.
         relative: dimensions of the chunks that are relative to the state at their first step; None for absolute ones.
@@ -35,7 +35,7 @@ class Request:
         exact_rows: see `RunningStats`.
     """
 
-    key: str
+    key: str | None = None
     action_key: str | None = None
     horizon: int | None = None
     relative: tuple[int, ...] | None = None
@@ -100,10 +100,10 @@ class Measured:
         try:
             request = content["request"]
             request |= {"shard": tuple(request["shard"]), "relative": _tuple(request["relative"])}
-            counts = {name: int(content[name]) for name in ("n_frames", "rows", "episodes", "short")}
-            names = {name: _tuple(content[name]) for name in ("names", "state_names")}
+            fields: dict[str, Any] = {name: int(content[name]) for name in ("n_frames", "rows", "episodes", "short")}
+            fields |= {name: _tuple(content[name]) for name in ("names", "state_names")}
             stats = {name: RunningStats.from_dict(part) for name, part in content["stats"].items()}
-            return cls(request=Request(**request), stats=stats, **names, **counts)
+            return cls(request=Request(**request), stats=stats, **fields)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             what = str(error) if isinstance(error, VLAActionsError) else repr(error)
             raise StatsError(f"{path} is damaged, compute that shard again: {what}") from error
@@ -138,7 +138,7 @@ def merge_shards(parts: Sequence[Measured]) -> list[Measured]:
     Returns:
         One for each dataset, in the order of the first shards.
     """
-    groups: dict[str, list[Measured]] = defaultdict(list)
+    groups: dict[str | None, list[Measured]] = defaultdict(list)
     for part in parts:
         groups[part.request.key].append(part)
     done = []
@@ -183,6 +183,7 @@ def measure(path: str | Path, request: Request, workers: int = 1, progress: bool
         progress: show a progress bar on stderr.
     """
     stream = open_numbers(path, request.action_key)
+    request = replace(request, key=request.key or stream.name)
     if request.relative is not None:
         _columns(stream, request)  # raises before anything is read
     n_jobs = min(len(stream.files), 1 if workers <= 1 else 8 * workers)

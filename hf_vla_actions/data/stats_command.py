@@ -73,7 +73,12 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--mode", choices=MODES, default="bounds_q99", help="how they will be used (default: %(default)s)")
     add("--pass_through", nargs="+", metavar="DIM", default=[], help="dimensions that are not to be normalized")
-    add("--exact_rows", type=int, default=1_000_000, help="rows kept for exact quantiles (default: %(default)s)")
+    add(
+        "--exact_rows",
+        type=int,
+        default=1_000_000,
+        help="rows kept for exact quantiles, 4 or 8 bytes a number (default: %(default)s)",
+    )
     add(
         "--write-lerobot",
         action="store_true",
@@ -101,8 +106,8 @@ def main(argv: list[str] | None = None) -> int:
             f"saved to {args.output}; merge all {n} with `hf-vla stats --merge`\n"
         )
         return 0
-    entries = {part.request.key: _entry(part, args) for part in measured}
-    text = "".join(_text(part, entries[part.request.key]) for part in measured)
+    entries = {str(part.request.key): _entry(part, args) for part in measured}
+    text = "".join(_text(part, entries[str(part.request.key)]) for part in measured)
     if args.weights:
         entries[MIXTURE] = _mixture(measured, args)
         text += f"{MIXTURE!r} of {dict(zip(entries, args.weights, strict=False))}:\n"
@@ -134,7 +139,7 @@ def _check(args: argparse.Namespace) -> None:
         raise StatsError(f"{args.output} is there already: choose another --output, or pass --overwrite")
     if args.output is not None and args.output.suffix != ".json":
         raise StatsError(f"--output is a .json file, got {args.output}")
-    keys = args.keys or [Path(path).resolve().name for path in args.datasets]
+    keys = args.keys or [str(Path(path).resolve()) for path in args.datasets]
     wrong_number = bool(args.datasets) and len(keys) != len(args.datasets)
     if wrong_number or len(set(keys)) != len(keys) or MIXTURE in keys:
         raise StatsError(f"each dataset needs a key of its own, and not {MIXTURE!r}: got {keys}; pass --keys")
@@ -144,8 +149,8 @@ def _check(args: argparse.Namespace) -> None:
 
 def _measure_all(args: argparse.Namespace) -> list[Measured]:
     """Every dataset, one after the other."""
-    keys = args.keys or [Path(path).resolve().name for path in args.datasets]
-    found = []
+    keys = args.keys or [None] * len(args.datasets)
+    found: list[Measured] = []
     for path, key in zip(args.datasets, keys, strict=True):
         relative = None
         if args.relative is not None:
@@ -154,6 +159,8 @@ def _measure_all(args: argparse.Namespace) -> list[Measured]:
             relative = tuple(_dims(args.relative or range(dof), stream.names(stream.action_key), dof))
         request = Request(key, args.action_key, args.horizon, relative, _shard(args.shard), args.exact_rows)
         found.append(measure(path, request, args.workers))
+        if found[-1].request.key in {MIXTURE, *(part.request.key for part in found[:-1])}:
+            raise StatsError(f"each dataset needs a key of its own, {found[-1].request.key!r} is taken: pass --keys")
     return found
 
 
