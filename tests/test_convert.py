@@ -276,10 +276,52 @@ REFUSALS = {
     "joints": (BRIDGE, replace_space(BRIDGE, frame="joint", pose=None), {}, "kinematics"),
     "frame unsaid": (BRIDGE, replace_space(BRIDGE, frame=None), {}, "frame of the target is not said"),
     "delta unsaid": (BRIDGE, replace_space(BRIDGE, delta=None), {"state": STATE}, "say delta="),
-    "delta of a joint unsaid": (ActionSpace(["j"], delta=None), ActionSpace(["j"], delta=True), {}, "say delta= in both"),
+    "delta of a joint unsaid": (
+        ActionSpace(["j"], delta=None), ActionSpace(["j"], delta=True), {}, "say delta= in both",
+    ),
     "anchor unsaid": (replace_space(BRIDGE, anchor=None), ROBOT, {"state": STATE}, "say anchor="),
     "anchor of a joint unsaid": (
         ActionSpace(["j"], delta=True), ActionSpace(["j"], delta=False), {"state": [0.0]}, "say anchor=",
+    ),
+    "axes of a joint unsaid": (
+        ActionSpace(["j"], delta=True, anchor="step"), ActionSpace(["j"], delta=False), {"state": [0.0]}, "along which axes",
+    ),
+    "axes unsaid": (
+        replace_space(BRIDGE, frame=None), replace_space(ROBOT, frame=None), {"state": STATE}, "along which axes",
+    ),
+    "angles of what": (
+        ActionSpace(["a", "b"], ["rad"] * 2, True, "base", anchor="step"), ActionSpace(["a", "b"], ["rad"] * 2, False, "base"),
+        {"state": [0.0, 0.0]}, "nobody has said of what",
+    ),
+    "alone in the tool": (
+        ActionSpace(["reach"], ["m"], True, "tcp", anchor="step"), ActionSpace(["reach"], ["m"], True, "tcp", anchor="chunk"),
+        {}, "part of no pose",
+    ),
+    "mixed kinds": (
+        BRIDGE, replace_space(BRIDGE, delta=(True, True, False, True, True, True, False)), {"state": STATE}, "say delta=",
+    ),
+    "mixed kinds, other anchor": (
+        replace_space(BRIDGE, delta=(True, True, False, True, True, True, False)),
+        replace_space(BRIDGE, delta=(True, True, False, True, True, True, False), anchor="chunk"), {}, "say delta=",
+    ),
+    "unsaid kinds, other anchor": (
+        replace_space(BRIDGE, delta=None), replace_space(BRIDGE, delta=None, anchor="chunk"), {}, "say delta=",
+    ),
+    "rotation left out": (
+        TCP, ActionSpace(("x", "y", "z", "gripper"), ("m", "m", "m", None), (True,) * 3 + (False,), "base", Gripper("gripper"),
+                         anchor="step"),
+        {"drop": NAMES[3:6]}, "how it turns meanwhile",
+    ),
+    "absolute rotation in the tool": (
+        replace_space(TCP, delta=(True,) * 3 + (False,) * 4), replace_space(TCP, delta=(True,) * 3 + (False,) * 4, anchor="chunk"),
+        {"state": STATE}, "rotation of the source is in the frame 'tcp' but no change",
+    ),
+    "unknown rotation in the tool": (
+        replace_space(TCP, pose=None), replace_space(TCP, pose=None, anchor="chunk"), {"state": STATE}, "rotation of the source",
+    ),
+    "rotation by strange names": (
+        ActionSpace(("x", "y", "z", "u", "v", "w"), ["m"] * 3 + [None] * 3, True, "tcp", anchor="step"),
+        ActionSpace(("x", "y", "z", "u", "v", "w"), ["m"] * 3 + [None] * 3, True, "base", anchor="step"), {}, "part of no pose",
     ),
     "target in the tool": (BRIDGE, replace_space(TCP, delta=False), {"state": STATE}, "say delta=True"),
     "form unsaid": (replace_space(BRIDGE, pose=None), ROBOT, {"state": STATE}, "how the rotation of the source"),

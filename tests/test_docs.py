@@ -1,4 +1,4 @@
-"""Everything that docs/constraints.md shows is executed, and its links lead somewhere."""
+"""Everything that docs/constraints.md and docs/spaces.md show is executed, and their links lead somewhere."""
 
 import re
 import shlex
@@ -17,6 +17,7 @@ from hf_vla_actions.models.predict import parser
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs/constraints.md"
 TEXT = PAGE.read_text()
+SPACES = ROOT / "docs/spaces.md"
 
 
 def blocks(language):
@@ -65,9 +66,22 @@ def test_tables_leave_out_no_constraint_mode_or_field():
         assert f"`{field}`" in TEXT or field.startswith("std_"), field
 
 
-def test_links_exist():
-    for target in re.findall(r"\]\(([^)]+)\)", TEXT):
+def test_page_of_spaces_runs_and_prints_what_it_says(capsys):
+    names = {}
+    for language, block in re.findall(r"```(python|text)\n(.*?)```", SPACES.read_text(), flags=re.DOTALL):
+        if language == "python":
+            capsys.readouterr()
+            exec(compile(block, "spaces.md", "exec"), names)
+        else:
+            assert capsys.readouterr().out == block
+    assert names["commands"].shape == (2, 8, 8)
+
+
+@pytest.mark.parametrize("page", [PAGE, SPACES], ids=lambda page: page.stem)
+def test_links_exist(page):
+    text = page.read_text()
+    for target in re.findall(r"\]\(([^)]+)\)", text):
         if target.startswith("#"):
-            assert re.search(rf"^## {target[1:].replace('-', ' ')}$", TEXT, flags=re.MULTILINE | re.IGNORECASE), target
+            assert re.search(rf"^## {target[1:].replace('-', ' ')}$", text, flags=re.MULTILINE | re.IGNORECASE), target
         elif not target.startswith("http"):
-            assert (PAGE.parent / target).exists(), target
+            assert (page.parent / target).exists(), target

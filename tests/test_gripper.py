@@ -15,7 +15,8 @@ from hf_vla_actions.actions.gripper import (
     state_before,
     states_to_commands,
 )
-from hf_vla_actions.errors import ActionSpaceError
+from hf_vla_actions.constraints import Context, Sticky, bind
+from hf_vla_actions.errors import ActionSpaceError, ConstraintError
 
 RT1 = Gripper("g", open=-1.0, closed=1.0, relative=True)
 GOOGLE = Gripper("g", open=-1.0, closed=1.0, relative=True, sticky=15)
@@ -197,3 +198,9 @@ def test_json_keeps_every_fact_and_old_files_read_as_ever(gripper):
     if gripper == Gripper("g"):
         assert gripper.to_dict() == {"dim": "g", "open": 1.0, "closed": 0.0, "binary": True}
         assert Gripper(**{"dim": "g", "open": 1.0, "closed": 0.0, "binary": True}) == gripper
+
+
+def test_relative_gripper_has_no_state_to_hold_raises():
+    space = ActionSpace(["g"], gripper=RT1)
+    with pytest.raises(ConstraintError, match="no state to hold"):
+        bind([Sticky("g", min_hold=2)], space, None, 3, grid=False, context=Context(last_action=[1.0]))

@@ -83,13 +83,12 @@ def needs_of(a: Side, b: Side, has_position: bool, has_rotation: bool) -> Needs:
     shift = has_position and a.position_facts() != b.position_facts()
     turn = has_rotation and a.rotation_facts() != b.rotation_facts()
     base = {a.frame, b.frame} == {"world", "base"} and (shift or turn)
-    place = shift and not (a.position_delta and b.position_delta)
+    place = shift and a.position_delta is not b.position_delta
     if _is_turned_base(a, b, has_position, has_rotation) or (turn and (_is_rewritten(a, b) or _is_summed(a, b))):
         return Needs(place, False, base)
-    if base and not (a.position_delta or b.position_delta or a.rotation_delta or b.rotation_delta):
-        return Needs(False, False, True)  # absolute numbers have no reference
-    cancels = a.frame == b.frame and _composed(a, b)
-    return Needs(place, not cancels and (turn or (shift and "tcp" in (a.frame, b.frame))), base)
+    # Absolute rotations have no reference, and what both are relative to cancels.
+    refers = (turn and (a.rotation_delta or b.rotation_delta)) or (shift and "tcp" in (a.frame, b.frame))
+    return Needs(place, bool(refers) and not (a.frame == b.frame and _composed(a, b)), base)
 
 
 def move(

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from hf_vla_actions.actions.gripper import Gripper, check_gripper_way, convert_gripper
+from hf_vla_actions.actions.gripper import check_gripper_way, convert_gripper
 from hf_vla_actions.actions.motion import Needs, Side, needs_of
+from hf_vla_actions.actions.pose import PoseDims
+from hf_vla_actions.actions.refusals import (
+    KINDS,
+    check_alone,
+    check_anchors,
+    check_frames,
+    check_kinds,
+    check_motion,
+    check_rate,
+    check_reference,
+)
 from hf_vla_actions.actions.rotations import euler_order
 from hf_vla_actions.actions.space import ActionSpace
 from hf_vla_actions.actions.units import factor
 from hf_vla_actions.errors import ActionSpaceError
 
-KINDS = {True: "delta", False: "absolute", None: "delta or absolute, nobody has said"}
 Group = tuple[tuple[int, ...], np.ndarray]  # dimensions and what their numbers are multiplied with
 
 
@@ -92,8 +102,8 @@ class Plan:
             values: (..., horizon).
             is_open: (...) bool, the state before the first step, where it is needed.
         """
-        a, b = _both(self)
-        return convert_gripper(values, a, b, is_open)
+        a, b = self.source.gripper, self.to.gripper
+        return values if a is None or b is None else convert_gripper(values, a, b, is_open)
 
 
 def make_plan(source: ActionSpace, to: ActionSpace, horizon: int | None, drop: Sequence[str] = ()) -> Plan:
@@ -107,7 +117,7 @@ def make_plan(source: ActionSpace, to: ActionSpace, horizon: int | None, drop: S
             f"{'the source' if to.named else 'the target'} has dimensions without names, so nobody knows which is which: "
             f"describe it with ActionSpace(names, units, ...), {source.dof} dimensions here and {to.dof} there"
         )
-    _check_rate(source, to)
+    check_rate(source, to)
     left, missing = set(range(source.dof)) - dropped, set(range(to.dof))
     if source == to and not dropped:
         plan.copies = [Copy(i, i, 1.0, "same") for i in sorted(left)]
@@ -118,18 +128,9 @@ def make_plan(source: ActionSpace, to: ActionSpace, horizon: int | None, drop: S
     _plan_rest(plan, left, missing)
     if dropped:
         plan.texts.append(f"left out: {', '.join(source.names[i] for i in sorted(dropped))}")
-    order = [source.names[copy.source] for copy in sorted(plan.copies, key=lambda copy: copy.to)]
     if not plan.texts:
-        plan.texts.append(f"only the order of {', '.join(order)} changes, or nothing")
+        plan.texts.append("only names or their order change: no number does")
     return plan
-
-
-def _check_rate(source: ActionSpace, to: ActionSpace) -> None:
-    if source.rate_hz is not None and to.rate_hz is not None and source.rate_hz != to.rate_hz:
-        raise ActionSpaceError(
-            f"actions at {source.rate_hz:g} Hz do not become actions at {to.rate_hz:g} Hz here: that takes other steps "
-            "(and smaller or larger changes). Resample first, or give both spaces the rate of the chunk"
-        )
 
 
 def _plan_gripper(plan: Plan, left: set[int], missing: set[int]) -> None:
@@ -150,7 +151,7 @@ def _plan_gripper(plan: Plan, left: set[int], missing: set[int]) -> None:
     missing.discard(j)
     plan.gripper = (i, j)
     here, there = a.describe(), b.describe()
-    if here == there:
+    if replace(a, dim=0) == replace(b, dim=0):
         plan.gripper = None
         plan.copies.append(Copy(i, j, 1.0, "same"))
         return
@@ -159,39 +160,44 @@ def _plan_gripper(plan: Plan, left: set[int], missing: set[int]) -> None:
 
 
 def _plan_pose(plan: Plan, left: set[int], missing: set[int]) -> None:
-    sides, groups = [], []
-    for space, dims, anchor in ((plan.source, left, plan.source_anchor), (plan.to, missing, plan.to_anchor)):
-        pose = space.known_pose()
-        group = [_dims(space, None if pose is None else part, dims) for part in _parts(pose)]
-        sides.append(_side(space, group, anchor))
-        groups.append(group)
-    both = [groups[0][k] if groups[0][k] and groups[1][k] else () for k in (0, 1)]
-    other = [groups[1][k] if both[k] else () for k in (0, 1)]
-    a, b = sides
+    check_frames(plan.source, plan.to)
+    spaces = ((plan.source, left, plan.source_anchor), (plan.to, missing, plan.to_anchor))
+    groups = [[_dims(space, part, free) for part in _parts(space.known_pose())] for space, free, _ in spaces]
+    a, b = (_side(space, group, anchor) for (space, _, anchor), group in zip(spaces, groups, strict=True))
+    both = [groups[0][k] if groups[1][k] else () for k in (0, 1)]
+    other = [groups[1][k] if groups[0][k] else () for k in (0, 1)]
+    for k, what in enumerate(("position", "rotation")):
+        if both[k]:
+            kinds = [
+                [space.delta[i] for i in dims[k]] for (space, _, _), dims in zip(spaces, (both, other), strict=True)
+            ]
+            check_kinds(what, kinds, a, b)
     shift = bool(both[0]) and a.position_facts() != b.position_facts()
     turn = bool(both[1]) and a.rotation_facts() != b.rotation_facts()
-    _check_frames(plan, a, b)
-    if both[1] and not turn and a.form is None:
+    through_tool = shift and "tcp" in (a.frame, b.frame)
+    if through_tool and not both[1] and any(pose is not None and pose.rotation for pose in _poses(plan)):
+        raise ActionSpaceError(
+            "positions along the axes of the tool depend on how it turns meanwhile: leave its rotation in both spaces"
+        )
+    if both[1] and not (turn or through_tool) and a.form is None:
         # Nobody has said how it is written: it can stay as it is, number by number, if the names say the same.
         both[1], other[1] = (), ()
-    if not (both[0] or both[1]):
-        return
     for k in (0, 1):
         left -= set(both[k])
         missing -= set(other[k])
     if not (shift or turn):
         _copy_groups(plan, both, other)
         return
-    _check_motion(plan, a, b, shift, turn)
+    check_motion((("source", a, plan.source), ("target", b, plan.to)), shift, turn, bool(both[1]) and through_tool)
     needs = needs_of(a, b, bool(both[0]), bool(both[1]))
     if needs.position or needs.rotation or a.anchor != b.anchor:
-        one, two = (bool((shift and s.position_delta) or (turn and s.rotation_delta)) for s in (a, b))
-        _check_anchors(plan, one, two)
+        check_reference(a, b, shift, turn)
     read = _group(plan.source, both[0], "m"), _group(plan.source, both[1], _unit(a))
     write = _group(plan.to, other[0], "m", True), _group(plan.to, other[1], _unit(b), True)
     plan.pose = PosePlan(read, write, a, b, needs)
-    plan.texts += [_say_side("position", a, b, plan)] if shift else []
-    plan.texts += [_say_side("rotation", a, b, plan)] if turn else []
+    plan.texts += [_say_side("position", a, b)] if shift else []
+    plan.texts += [_say_side("rotation", a, b)] if turn else []
+    plan.texts += ["no dimension turns the tool: its orientation stays"] if through_tool and not both[1] else []
     plan.texts += _say_units(plan, both, other)
 
 
@@ -205,12 +211,8 @@ def _plan_rest(plan: Plan, left: set[int], missing: set[int]) -> None:
     for j in sorted(missing):
         i = source.index(to.names[j])
         left.discard(i)
-        if source.frame != to.frame and source.units[i] is not None:
-            raise ActionSpaceError(
-                f"{source.describe(i)} cannot be seen from the frame {to.frame!r}: it is part of no pose. Say "
-                "pose=PoseDims(position, rotation, form), in both spaces"
-            )
         way = _way(plan, i, j)
+        check_alone(source, to, i, way, [d for d in missing if to.names[d] != to.names[j]])
         scale = factor(source.units[i], to.units[j], repr(source.names[i]))
         plan.copies.append(Copy(i, j, scale, way))
         if scale != 1:
@@ -226,74 +228,14 @@ def _plan_rest(plan: Plan, left: set[int], missing: set[int]) -> None:
 
 def _way(plan: Plan, i: int, j: int) -> str:
     one, two = plan.source.delta[i], plan.to.delta[j]
-    if one is two and (not one or plan.source_anchor == plan.to_anchor):
+    if one is two and (one is False or plan.source_anchor == plan.to_anchor):
         return "same"
     if one is None or two is None:
         raise ActionSpaceError(
             f"{plan.source.names[i]!r} is {KINDS[one]} here and {KINDS[two]} there: say delta= in both"
         )
-    _check_anchors(plan, bool(one), bool(two))
+    check_anchors(plan.source_anchor if one else "", plan.to_anchor if two else "")
     return "anchor" if one and two else "absolute" if one else "delta"
-
-
-def _check_anchors(plan: Plan, one: bool, two: bool) -> None:
-    for which, delta, anchor in (("source", one, plan.source_anchor), ("target", two, plan.to_anchor)):
-        if delta and anchor is None:
-            raise ActionSpaceError(
-                f"nobody has said what the changes of the {which} are relative to, and a chunk of several steps depends "
-                "on it: say anchor='step' (each to the state before it) or anchor='chunk' (all to the first state)"
-            )
-
-
-def _check_frames(plan: Plan, a: Side, b: Side) -> None:
-    here, there = plan.source.frame, plan.to.frame
-    if here == there:
-        return
-    if here is None or there is None:
-        raise ActionSpaceError(
-            f"the frame of the {'source' if here is None else 'target'} is not said (the other one is "
-            f"{there or here!r}): say frame='world', 'base', 'tcp' or 'joint'"
-        )
-    if "joint" in (here, there):
-        raise ActionSpaceError(
-            f"from {here!r} to {there!r} takes the kinematics of the robot, which nobody has given: use its controller"
-        )
-
-
-def _check_motion(plan: Plan, a: Side, b: Side, shift: bool, turn: bool) -> None:
-    for which, side, space in (("source", a, plan.source), ("target", b, plan.to)):
-        for what, concerned, delta in (
-            ("position", shift, side.position_delta),
-            ("rotation", turn, side.rotation_delta),
-        ):
-            if not concerned:
-                continue
-            if delta is None and _kinds_differ(a, b, what):
-                raise ActionSpaceError(
-                    f"the {what} of the {which} is {KINDS[None]} (or differs from number to number): say delta="
-                )
-            if side.frame == "tcp" and delta is not True:
-                raise ActionSpaceError(
-                    f"the {what} of the {which} is in the frame 'tcp' but no change: a target seen from the tool is a "
-                    "change from where it is, so say delta=True"
-                )
-        if turn and side.form is None:
-            raise ActionSpaceError(
-                f"nobody has said how the rotation of the {which} is written ({list(space.names)}): say "
-                "pose=PoseDims(position, rotation, form='euler_xyz', ...), for changes of Euler angles with turns="
-            )
-        if turn and side.rotation_delta and side.turns is None:
-            raise ActionSpaceError(
-                f"a change of the Euler angles of the {which} is their difference for some and the rotation in between for "
-                "others: say PoseDims(..., turns='difference') or turns='compose'"
-            )
-        if side.subtracts and side.frame == "tcp":
-            raise ActionSpaceError(f"in the frame 'tcp' of the {which} changes are composed: say turns='compose'")
-
-
-def _kinds_differ(a: Side, b: Side, what: str) -> bool:
-    one, two = (a.position_delta, b.position_delta) if what == "position" else (a.rotation_delta, b.rotation_delta)
-    return one is not two or a.frame != b.frame or what == "rotation"
 
 
 def _side(space: ActionSpace, groups: list[tuple[int, ...]], anchor: str | None) -> Side:
@@ -309,7 +251,11 @@ def _side(space: ActionSpace, groups: list[tuple[int, ...]], anchor: str | None)
     return Side(space.frame, anchor, kinds[0], kinds[1], form, turns)
 
 
-def _parts(pose) -> tuple:
+def _poses(plan: Plan) -> tuple[PoseDims | None, PoseDims | None]:
+    return plan.source.known_pose(), plan.to.known_pose()
+
+
+def _parts(pose: PoseDims | None) -> tuple:
     return (None, None) if pose is None else (pose.position, pose.rotation)
 
 
@@ -336,7 +282,7 @@ def _copy_groups(plan: Plan, both, other) -> None:
 
 
 def _say_units(plan: Plan, both, other) -> list[str]:
-    changes = {}
+    changes: dict[tuple, list[str]] = {}
     for i, j in zip((*both[0], *both[1]), (*other[0], *other[1]), strict=False):
         units = plan.source.units[i], plan.to.units[j]
         if units[0] != units[1] and all(units):
@@ -348,7 +294,7 @@ def _said(space: ActionSpace, i: int) -> str:
     return KINDS[space.delta[i]] + (f" (each {space.anchor})" if space.delta[i] and space.anchor else "")
 
 
-def _say_side(what: str, a: Side, b: Side, plan: Plan) -> str:
+def _say_side(what: str, a: Side, b: Side) -> str:
     texts = []
     for side in (a, b):
         delta = side.position_delta if what == "position" else side.rotation_delta
@@ -358,10 +304,3 @@ def _say_side(what: str, a: Side, b: Side, plan: Plan) -> str:
         facts += [str(side.turns)] if what == "rotation" and delta and side.turns else []
         texts.append(f"{', '.join(facts)}, {side.frame or 'no'} frame")
     return f"{what} ({texts[0]}) to ({texts[1]})"
-
-
-def _both(plan: Plan) -> tuple[Gripper, Gripper]:
-    a, b = plan.source.gripper, plan.to.gripper
-    if a is None or b is None:
-        raise ActionSpaceError("one of the spaces declares no gripper")
-    return a, b

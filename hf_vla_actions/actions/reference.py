@@ -15,6 +15,8 @@ from hf_vla_actions.actions.space import ActionSpace
 from hf_vla_actions.actions.units import factor
 from hf_vla_actions.errors import ActionSpaceError
 
+Orientation = tuple[np.ndarray | None, tuple[str, np.ndarray] | None]
+
 
 @dataclass(frozen=True, eq=False)
 class Reference:
@@ -88,7 +90,8 @@ def _of_source(table: dict[int, np.ndarray], plan: Plan) -> Reference:
     """A state in the numbers of the source."""
     source, pose = plan.source, plan.pose
     numbers = {i: _pick(table, [i], source, repr(source.names[i]))[..., 0] for i in plan.needs_numbers}
-    position, orientation = None, (None, None)
+    position = None
+    orientation: Orientation = (None, None)
     if pose is not None and pose.needs.position:
         dims, factors = pose.read[0]
         position = _pick(table, list(dims), source, "the position") * factors
@@ -111,7 +114,8 @@ def _of_space(table: dict[int, np.ndarray], space: ActionSpace, plan: Plan) -> R
         j = space.index(plan.source.names[i])
         scale = factor(space.units[j], plan.source.units[i], space.describe(j))
         numbers[i] = _pick(table, [j], space, repr(space.names[j]))[..., 0] * scale
-    position, orientation = None, (None, None)
+    position = None
+    orientation: Orientation = (None, None)
     if pose is not None and pose.needs.position:
         dims = _indices(space, None if known is None else known.position, "position")
         scales = [factor(space.units[i], "m", space.describe(i)) for i in dims]
@@ -130,7 +134,7 @@ def _of_space(table: dict[int, np.ndarray], space: ActionSpace, plan: Plan) -> R
     return Reference(numbers, position, *orientation, is_open)
 
 
-def _orientation(values: np.ndarray, form: str | None) -> tuple[np.ndarray, tuple[str, np.ndarray] | None]:
+def _orientation(values: np.ndarray, form: str | None) -> Orientation:
     if form is None:
         raise ActionSpaceError("nobody has said how the rotation of the state is written: say PoseDims(..., form=)")
     return to_matrix(values, form), (form, values) if euler_order(form) else None

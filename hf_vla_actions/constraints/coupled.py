@@ -271,6 +271,8 @@ class Sticky(OfOneDimension):
         if gripper is None or space.index(gripper.dim) != dim:
             has = "declares no gripper" if gripper is None else f"has its gripper in {space.describe(gripper.dim)}"
             raise ConstraintError(f"{self}: the action space {has}; give ActionSpace(..., gripper=Gripper(...))")
+        if gripper.relative:
+            raise ConstraintError(f"{self}: a relative gripper has commands, no state to hold: see Gripper(sticky=)")
         last = _last_value(self, space, known, dim)
         held = LONG_ENOUGH if known.held_steps is None else int(known.held_steps)
         opened, closed = float(gripper.open), float(gripper.closed)

@@ -100,14 +100,14 @@ def remembered(
 def _held_steps(executed: Sequence[np.ndarray], space: ActionSpace, first: Context | None) -> int | None:
     """For how many steps the gripper has kept its state; None if nobody knows when it took it."""
     gripper = space.gripper
-    if gripper is None:
+    if gripper is None or gripper.relative:
         return None
     dim = space.index(gripper.dim)
     values = np.array([action[dim] for action in executed])
     known = None if first is None else first.known(space, 0)
     before = None if known is None or known.last_action is None else known.last_action[dim]
     values = values if before is None or np.isnan(before) else np.append(before, values)
-    is_open = np.abs(values - gripper.open) <= np.abs(values - gripper.closed)
+    is_open = gripper.is_open(values)
     held = int((is_open[::-1] == is_open[-1]).cumprod().sum())
     if held < len(values):
         return held
