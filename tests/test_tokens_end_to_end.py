@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from local_hub import LocalHub
-from test_train import command_line, write_dataset
+from test_train import NAMES, command_line, write_dataset
 from tiny import save_native_llava
 
 from hf_vla_actions import AutoModelForActionPrediction, FASTActionTokenizer, VQActionTokenizer
@@ -175,3 +175,120 @@ def test_a_training_fits_what_the_command_fits(robot, base, tmp_path):
         configs.append(AutoModelForActionPrediction.from_pretrained(out, self_test=False).action_config)
     assert configs[0] == configs[1]
     assert configs[0].tokenizer == FASTActionTokenizer.from_pretrained(tmp_path / "fast")
+
+
+def refused(argv, capsys, message):
+    capsys.readouterr()
+    assert main(argv) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert message in lines[-1]
+    assert lines[-1].startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--action_tokenizer", "fast", "--n_bins", "64"], "--n_bins is for bins"),
+        (["--action_tokenizer", "vq", "--n_bins", "64"], "--n_bins is for bins"),
+        (["--fast_scale", "10"], "--action_tokenizer fast"),
+        (["--action_tokenizer", "vq", "--fast_vocab", "300"], "--action_tokenizer fast"),
+        (["--action_tokenizer", "fast", "--vq_steps", "10"], "--action_tokenizer vq"),
+        (["--action_tokenizer", "fast", "--action_layout", "per_dimension"], "whole chunks"),
+        (["--action_layout", "pi0_fast"], "--action_tokenizer fast"),
+        (["--action_tokenizer", "fast", "--action_layout", "named"], "belong together"),
+        (["--action_tokenizer", "fast", "--named_tokens", "<a{}>"], "belong together"),
+        (["--action_tokenizer", "fast", "--fast_vocab", "20"], "--fast_vocab 1024"),
+        (["--action_tokenizer", "fast", "--fast_scale", "-1"], "scale"),
+        (["--action_tokenizer", "vq", "--vq_steps", "0"], "steps"),
+        (["--action_tokenizer", "./nowhere"], "there is no folder ./nowhere"),
+        (["--action_tokenizer", "fsat"], "fsat"),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused_before_weights_load(
+    options, message, base, robot, tmp_path, capsys
+):
+    (tmp_path / "empty").mkdir()
+    shutil.copy(base / "config.json", tmp_path / "empty")  # its missing weights would be the error otherwise
+    argv = command_line(tmp_path / "empty", robot, tmp_path / "out")
+    refused([*argv, *FEW, *HORIZON, *options], capsys, message)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def fitted(robot, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fitted")
+    argv = ["--dataset", str(robot), *HORIZON, "--eval_fraction", "0"]
+    assert hf_vla(["fit-fast", *argv, "--output", str(folder / "fast"), "--no_table"]) == 0
+    small = ["--steps", "5", "--codebook_size", "8", "--n_codebooks", "2", "--hidden", "16"]
+    assert hf_vla(["fit-vq", *argv, "--output", str(folder / "vq"), *small]) == 0
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["fast", "vq"])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--norm_mode", "bounds"], "normalization bounds_q99, of this training bounds"),
+        (["--gripper", "none"], "dimensions that are not normalized [6], of this training []"),
+        (["--dataset", "half"], "'x' (m, delta) -0.0"),
+        (["--dataset", "narrow"], "dimensions 7, of this training 3"),
+    ],
+)
+def test_tokenizer_of_another_space_is_refused(kind, options, message, fitted, base, robot, tmp_path, capsys):
+    if options[0] == "--dataset":  # half: the first three episodes' worth of x is twice as wide
+        options, name = [], options[1]
+        other = write_dataset(
+            tmp_path / name, episodes=5, steps=9, names=("a", "b", "c") if name == "narrow" else NAMES
+        )
+        if name == "half":
+            scale_column(other, 0, 2.0)
+            options = ["--action_units", "m", "m", "m", "rad", "rad", "rad", "none", "--action_kind", "delta"]
+    else:
+        other = robot
+    argv = [*command_line(base, other, tmp_path / "out"), *FEW, *HORIZON]
+    refused([*argv, "--action_tokenizer", str(fitted / kind), *options], capsys, message)
+
+
+def scale_column(folder, column, factor):
+    """Change the actions of a dataset in place."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for file in (folder / "data").rglob("*.parquet"):
+        table = pq.read_table(file)
+        actions = np.array(table["action"].to_pylist())
+        actions[:, column] *= factor
+        at = table.schema.get_field_index("action")
+        values = pa.array(actions.tolist(), type=table.schema.field(at).type)
+        pq.write_table(table.set_column(at, table.schema.field(at), values), file)
+
+
+def test_slightly_other_ranges_are_said_and_used(fitted, base, tmp_path, caplog):
+    other = write_dataset(tmp_path / "robot", episodes=5, steps=9)
+    scale_column(other, 1, 1.02)
+    argv = [*command_line(base, other, tmp_path / "out"), *FEW, *HORIZON, "--action_tokenizer", str(fitted / "fast")]
+    assert main(argv) == 0
+    assert "ranges that differ by up to 0.99 %" in caplog.text  # 2 % of a bound, of a range of both
+
+
+def test_a_trained_policy_keeps_its_tokenizer(fitted, base, robot, tmp_path, capsys):
+    first = [*command_line(base, robot, tmp_path / "a"), *FEW, *HORIZON, "--action_tokenizer", str(fitted / "fast")]
+    assert main(first) == 0
+    again = [*command_line(tmp_path / "a", robot, tmp_path / "b"), *FEW, "--unnorm_key", "other"]
+    for options, message in (
+        (["--action_tokenizer", "vq"], "another action tokenizer (fast)"),
+        (["--action_tokenizer", str(fitted / "vq")], "another action tokenizer (fast)"),
+        (["--fast_vocab", "300"], "leave --fast_vocab out"),
+        (["--named_tokens", "<a{}>"], "--named_tokens"),
+    ):
+        refused([*again, *options], capsys, message)
+    assert main([*again, "--action_tokenizer", str(fitted / "fast")]) == 0
+    config = AutoModelForActionPrediction.from_pretrained(tmp_path / "b", self_test=False).action_config
+    assert sorted(config.token_budget) == ["other", "robot"]
+
+
+def test_the_log_says_what_was_fitted(base, robot, tmp_path, caplog):
+    argv = [*command_line(base, robot, tmp_path / "out"), *FEW, *HORIZON, "--action_tokenizer", "fast"]
+    assert main(argv) == 0
+    for words in ("fitting a FAST tokenizer to 45 chunks of 5 episodes", "a chunk instead of 56", "a chunk may take"):
+        assert words in caplog.text

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,11 +11,11 @@ from transformers import PreTrainedConfig
 from transformers.utils import cached_file
 
 from hf_vla_actions.actions import ActionSpace, ActionStats, Gripper, NormStats
-from hf_vla_actions.config import DEFAULT_PROMPT, ActionConfig
+from hf_vla_actions.config import DEFAULT_PROMPT, ActionConfig, check_source
 from hf_vla_actions.config import FILE_NAME as ACTION_CONFIG_FILE
 from hf_vla_actions.data import ChunkDataset, EpisodeReader, TransformedDataset
 from hf_vla_actions.data import open_dataset as open_path
-from hf_vla_actions.errors import TrainingError
+from hf_vla_actions.errors import CheckpointError, TrainingError
 from hf_vla_actions.models import load_model, to_vla
 from hf_vla_actions.models.adapter import share_statistics
 from hf_vla_actions.models.embeddings import initialize_rows
@@ -260,10 +259,17 @@ def _check_openvla(config: dict[str, Any], data_args: DataArguments, dataset: Ep
 
 def _config_of(path: str) -> ActionConfig | None:
     """The action config of a policy, in a folder or on the Hub; None for a model that is no policy yet."""
-    file = cached_file(
-        path, ACTION_CONFIG_FILE, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_gated_repo=False
-    )
-    return None if file is None else ActionConfig.from_pretrained(Path(file).parent)
+    check_source(path)
+    try:
+        file = cached_file(
+            path,
+            ACTION_CONFIG_FILE,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_gated_repo=False,
+        )
+    except OSError as error:
+        raise CheckpointError(f"no model to be had from {path!r}: {str(error).splitlines()[0]}") from None
+    return None if file is None else ActionConfig.from_pretrained(path)
 
 
 def _type_of(path: str) -> str | None:

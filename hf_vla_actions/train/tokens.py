@@ -15,7 +15,7 @@ from transformers.utils import cached_file
 from hf_vla_actions.actions import ActionSpace, ActionStats, NormStats
 from hf_vla_actions.actions.norm_stats import FILE_NAME as STATISTICS_FILE
 from hf_vla_actions.actions.stats import NEEDED
-from hf_vla_actions.config import ActionConfig, ActionTokenizer
+from hf_vla_actions.config import ActionConfig, ActionTokenizer, check_source
 from hf_vla_actions.data import ChunkDataset
 from hf_vla_actions.errors import TrainingError
 from hf_vla_actions.tokenizers import ActionVocabulary, FASTActionTokenizer, UniformActionTokenizer, VQActionTokenizer
@@ -171,13 +171,19 @@ def _digest(tokenizer: ActionTokenizer) -> str:
 
 def read_tokenizer(path: str) -> ActionTokenizer:
     """The FAST or VQ tokenizer of a folder or of a repository of the Hub."""
-    vq = cached_file(
-        path,
-        "vq_tokenizer.json",
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
+    check_source(path)
+    try:
+        vq = cached_file(
+            path,
+            "vq_tokenizer.json",
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_gated_repo=False,
+        )
+    except OSError as error:
+        raise TrainingError(
+            f"--action_tokenizer is {', '.join(map(repr, KINDS))}, or the folder or repository of a FAST or VQ tokenizer; "
+            f"none is to be had from {path!r}: {str(error).splitlines()[0]}"
+        ) from None
     return (FASTActionTokenizer if vq is None else VQActionTokenizer).from_pretrained(path)
 
 
