@@ -335,3 +335,15 @@ def test_a_shard_with_another_number_of_records_raises(folder):
     shard.write_bytes(shard.read_bytes() * 2)
     with pytest.raises(DatasetError, match=r"has 2 records, dataset_info.json says 1"):
         opened(folder)
+
+
+def test_open_dataset_and_inspect_take_a_folder_whose_rate_nobody_knows(tmp_path, capsys):
+    from hf_vla_actions.data import open_dataset
+    from hf_vla_actions.hub.inspect import main
+
+    above = write(tmp_path / "set/1.0.0", {"train": [[steps_of(0), steps_of(1, 5)]]}).parent
+    dataset = open_dataset(above, action_key="arm,gripper", state_key=None)
+    assert isinstance(dataset, RLDSDataset)
+    assert (dataset.states, dataset.name, dataset.fps) == (None, "tiny_set", None)
+    assert main([str(above), "--action_key", "arm,gripper"]) in (0, 1)
+    assert "2 episodes, 8 frames at an unknown rate" in capsys.readouterr().out

@@ -321,3 +321,14 @@ def test_training_opens_a_dataset_through_a_transform_that_says_what_the_actions
     declared = DataArguments(dataset=str(bridge.root), transform="bridge_orig", gripper="gripper")
     with pytest.raises(TrainingError, match="bridge_orig says what the actions mean; leave out"):
         space_of(dataset, declared)
+
+
+def test_inspect_says_what_training_will_see(bridge, capsys):
+    from hf_vla_actions.hub.inspect import main
+
+    assert main([str(bridge.root), "--transform", "bridge_orig_commanded"]) in (0, 1)
+    text = capsys.readouterr().out
+    assert "8 frames at 5 Hz" in text
+    assert " rad " in text
+    assert main([str(bridge.root), "--transform", "bridge_orig", "--action_kind", "delta"]) == 2
+    assert "bridge_orig says what the actions mean" in capsys.readouterr().err

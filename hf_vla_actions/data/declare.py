@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from hf_vla_actions.actions import ActionSpace, Gripper
 from hf_vla_actions.data.reader import EpisodeReader
+from hf_vla_actions.data.transforms_dataset import TransformedDataset
 from hf_vla_actions.errors import DatasetError
 
 KINDS = ("delta", "absolute")
@@ -27,7 +28,7 @@ def declare_space(
     """The action space of a dataset; what nobody says stays unknown.
 
     Args:
-        dataset: gives names, where it has them, and the control rate.
+        dataset: gives names, where it has them, and the control rate; a TransformedDataset knows its space.
         names: name of each dimension, instead of the dataset's.
         units: unit of each dimension; None or "none" where there is none.
         kind: "delta" or "absolute", of all dimensions but the gripper.
@@ -40,6 +41,12 @@ def declare_space(
     Raises:
         DatasetError: something is declared of dimensions that have no names, or of another number of them.
     """
+    if isinstance(dataset, TransformedDataset):
+        if names or units or kind or frame or gripper:
+            raise DatasetError(
+                f"the transform {dataset.transform.name} says what the actions mean; declare nothing else"
+            )
+        return dataset.space
     names = names or dataset.action_names
     if names is None:
         if units or kind or frame or gripper not in (None, "none"):
@@ -59,7 +66,7 @@ def declare_space(
     delta: list[bool | None] = [None if kind is None else kind == "delta"] * len(names)
     if spec is not None and kind is not None:
         delta[ActionSpace(names).index(spec.dim)] = False
-    return ActionSpace(names, units, tuple(delta), frame, spec, float(dataset.fps))
+    return ActionSpace(names, units, tuple(delta), frame, spec, dataset.fps)
 
 
 def add_space_options(options: argparse.ArgumentParser) -> None:

@@ -69,9 +69,6 @@ class RLDSDataset(EpisodeReader):
         DatasetError: for what is missing, corrupt or ambiguous; it names the file, the record and the byte.
     """
 
-    fps: float | None  # type: ignore[assignment]
-    timestamps: np.ndarray | None  # type: ignore[assignment]
-
     def __init__(
         self,
         path: str | Path,

@@ -62,7 +62,8 @@ def byte_spans(data: memoryview, feature: Feature) -> list[Span]:
 
 
 def _feature(data: memoryview, messages: list[Span]) -> Feature:
-    kind, spans = None, []
+    kind: str | None = None
+    spans: list[Span] = []
     for message in messages:
         for number, wire, start, stop in _fields(data, message):
             if number in KINDS and wire == LENGTH:

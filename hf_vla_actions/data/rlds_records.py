@@ -71,7 +71,7 @@ def read_metadata(data: memoryview, features: dict[str, StepFeature]) -> dict[st
         read = _texts(data, found[key], key) if feature.kind == "text" else _numbers(data, found[key], feature)
         if not feature.shape:
             _check_length(key, len(read), 1)
-        values[key] = np.asarray(read) if feature.shape else read[0] if feature.kind == "text" else read[0].item()
+        values[key] = np.asarray(read) if feature.shape else np.asarray(read).tolist()[0]
     return values
 
 

@@ -68,7 +68,7 @@ class SanityReport:
         source: the dataset.
         n_episodes: how many.
         n_frames: rows of all of them.
-        rate_hz: as declared.
+        rate_hz: as declared; None where nobody did.
         measured_hz: from the timestamps; None without them.
         dimensions: one entry a dimension.
         problems: what should be mended before training.
@@ -78,7 +78,7 @@ class SanityReport:
     source: str
     n_episodes: int
     n_frames: int
-    rate_hz: float
+    rate_hz: float | None
     measured_hz: float | None
     dimensions: tuple[Dimension, ...]
     problems: tuple[str, ...]
@@ -91,7 +91,8 @@ class SanityReport:
     def text(self) -> str:
         """For people."""
         measured = "" if self.measured_hz is None else f", {self.measured_hz:.4g} Hz by its timestamps"
-        lines = [f"{self.source}: {self.n_episodes} episodes, {self.n_frames} frames at {self.rate_hz:g} Hz{measured}"]
+        rate = "an unknown rate" if self.rate_hz is None else f"{self.rate_hz:g} Hz"
+        lines = [f"{self.source}: {self.n_episodes} episodes, {self.n_frames} frames at {rate}{measured}"]
         wide = max(len(d.name) for d in self.dimensions)
         lines.append(
             f"  {'':<{wide}} {'unit':<5}"
@@ -113,7 +114,7 @@ def check_numbers(
     episodes: tuple[Span, ...],
     space: ActionSpace,
     *,
-    rate_hz: float,
+    rate_hz: float | None,
     source: str = "the dataset",
     states: np.ndarray | None = None,
     timestamps: np.ndarray | None = None,
@@ -125,7 +126,7 @@ def check_numbers(
         actions: (n_frames, dof) real units; may hold NaN, which is then reported.
         episodes: which rows belong together.
         space: what the numbers are declared to mean.
-        rate_hz: declared control rate.
+        rate_hz: declared control rate; None if nobody says it.
         source: name for the report.
         states: (n_frames, state_dim), to tell deltas from absolute targets.
         timestamps: (n_frames,) seconds within the episode.
@@ -168,7 +169,7 @@ def check_numbers(
         source=source,
         n_episodes=len(episodes),
         n_frames=len(x),
-        rate_hz=float(rate_hz),
+        rate_hz=None if rate_hz is None else float(rate_hz),
         measured_hz=measured,
         dimensions=tuple(dimensions),
         problems=tuple(problems),
@@ -254,7 +255,7 @@ def _meaning(x: np.ndarray, episodes: tuple[Span, ...], space: ActionSpace, kind
 
 
 def _times(
-    timestamps: np.ndarray | None, episodes: tuple[Span, ...], rate_hz: float
+    timestamps: np.ndarray | None, episodes: tuple[Span, ...], rate_hz: float | None
 ) -> tuple[float | None, list[str], list[str]]:
     if timestamps is None:
         return None, [], []
@@ -269,7 +270,7 @@ def _times(
         return None, ["timestamps do not rise: the control rate is unknown"], []
     problems, notes = [], []
     measured = 1 / middle
-    if abs(measured / rate_hz - 1) > 0.02:
+    if rate_hz is not None and abs(measured / rate_hz - 1) > 0.02:
         problems.append(
             f"declared {rate_hz:g} Hz, but its timestamps are {measured:.4g} Hz apart: deltas mean another speed"
         )

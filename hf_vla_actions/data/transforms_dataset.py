@@ -38,9 +38,6 @@ class TransformedDataset(EpisodeReader):
         DatasetError: an episode that the transform cannot be applied to.
     """
 
-    fps: float | None  # type: ignore[assignment]
-    timestamps: np.ndarray | None  # type: ignore[assignment]
-
     def __init__(self, dataset: EpisodeReader, transform: Transform):
         super().__init__()
         _check_space(dataset, transform)

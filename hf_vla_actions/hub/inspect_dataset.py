@@ -17,7 +17,7 @@ from hf_vla_actions.data.declare import add_space_options, space_from
 from hf_vla_actions.data.sanity import check_numbers
 from hf_vla_actions.plots import plot_action_histograms
 
-MARKS = (("meta", "info.json"), ("features.json",))  # of LeRobot's and of TensorFlow's datasets
+MARKS = ("meta/info.json", "features.json", "*/features.json")  # of LeRobot's and of TensorFlow's datasets
 EPILOG = """\
 example:
   hf-vla inspect ./my_robot --action_units m m m rad rad rad none --action_kind delta --figure numbers.png
@@ -29,7 +29,7 @@ exit status: 0 if nothing speaks against training on it, 1 if something does, 2 
 
 def is_dataset(path: str) -> bool:
     """Whether a folder is one of a dataset, not of a checkpoint."""
-    return any(Path(path).expanduser().joinpath(*mark).is_file() for mark in MARKS)
+    return any(file.is_file() for mark in MARKS for file in Path(path).expanduser().glob(mark))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -44,6 +44,7 @@ def parser() -> argparse.ArgumentParser:
     )
     options.add_argument("dataset", help="folder of the dataset")
     options.add_argument("--action_key", help="feature that holds the actions; default: the usual one of its format")
+    options.add_argument("--transform", help="what to do with its numbers first, such as bridge_orig")
     add_space_options(options)
     options.add_argument(
         "--stats", help="statistics file that will normalize it; default: its own 1st and 99th percentile"
@@ -59,7 +60,7 @@ def main(argv: list[str]) -> int:
     """Inspect, print; returns 0 if nothing speaks against training on it, 1 if something does."""
     args = parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    dataset = open_dataset(args.dataset, action_key=args.action_key)
+    dataset = open_dataset(args.dataset, action_key=args.action_key, transform=args.transform)
     stats = None if args.stats is None else NormStats.from_file(args.stats)[args.unnorm_key]["action"]
     report = check_numbers(
         dataset.actions,

@@ -38,6 +38,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--step", type=int, default=0, help="step within the episode (default: %(default)s)")
     options.add_argument("--cameras", nargs="+", help="cameras (default: those of the training, else all)")
     options.add_argument("--action_key", default="action", help="column of the actions (default: %(default)s)")
+    options.add_argument("--transform", help="what training did to the dataset's numbers first, such as bridge_orig")
     options.add_argument("--image", nargs="+", help="picture files instead of a dataset, one a camera")
     options.add_argument("--instruction", help="what to do; needed with --image (default: that of the episode)")
     options.add_argument("--proprio", type=float, nargs="+", help="the robot's state, if the policy reads it")
@@ -123,9 +124,8 @@ def _frame(args: argparse.Namespace, config: ActionConfig) -> tuple[list[Any], s
             raise VLAActionsError(f"no picture can be read: {error}") from None
     from hf_vla_actions.data import open_dataset
 
-    dataset = open_dataset(
-        args.dataset, cameras=args.cameras or list(config.cameras) or None, action_key=args.action_key
-    )
+    cameras = args.cameras or list(config.cameras) or None
+    dataset = open_dataset(args.dataset, cameras=cameras, action_key=args.action_key, transform=args.transform)
     episodes = {episode.index: episode for episode in dataset.episodes}
     if args.episode not in episodes:
         raise VLAActionsError(f"episode {args.episode} is not among the {len(episodes)} episodes of {args.dataset}")
