@@ -214,7 +214,7 @@ def learn(policy, bench: Bench, seed: int, name: str, *, parallel: bool = False)
     groups = [{"params": [p for p in parameters if p.ndim > 1]}, {"params": [p for p in parameters if p.ndim <= 1]}]
     groups[1]["weight_decay"] = 0.0  # type: ignore[assignment]
     optimizer = torch.optim.AdamW(groups, lr=setting.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule, every = _schedule(optimizer, setting.steps), max(1, setting.steps // 6)
+    schedule, every = _schedule(optimizer, setting.steps), -(-setting.steps // 6)
     curve, recent = [], []
     batches = _batches(len(bench.train), setting.batch_size, setting.steps, seed)
     policy.train()
