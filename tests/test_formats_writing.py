@@ -115,7 +115,8 @@ GROUPS = {"robot": {"action": ("arm.0", "arm.1", "hand")}}
             ["openpi", "univla", "lerobot", "lerobot_policy", "pi0_processor", "groot"],
             r"mask \[True, True, False\]",
         ),
-        (NORMAL, ["openpi", "univla", "lerobot", "octo", "groot", "groot_dataset"][:3], "mode 'normal'"),
+        (NORMAL, ["openpi", "univla", "lerobot"], "mode 'normal'"),
+        (NORMAL, ["openvla"], "the mode of .'robot'. for its other readers"),
         (NORMAL, ["groot", "groot_dataset"], r"mode 'normal' \(read back as 'bounds'\)"),
         (variant(), ["pi0_processor"], r"mode 'bounds_q99' \(read back as 'normal'\), q01, q99"),
         (PROPRIO, ["univla"], "proprio of 'robot'"),
@@ -364,6 +365,7 @@ def test_new_statistics_of_a_policy_leave_its_other_steps(policy):
     file = read_stats(policy, key="robot")
     assert file.stats["robot"]["action"].mode == "bounds_q99"
     assert any("relative_actions_processor" in text for text in file.notes)
+    assert any("observation.images.top" in text for text in file.notes)
 
 
 def test_command(tmp_path, capsys):

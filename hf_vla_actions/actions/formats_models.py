@@ -31,7 +31,7 @@ ROBOVLMS_TRANSFORMS = ("use_mu_law", "regular_action")
 def is_openpi(document: Document) -> bool:
     """`{"norm_stats": {"state": {...}, "actions": {...}}}`."""
     entries = document.fields.get("norm_stats")
-    return isinstance(entries, dict) and is_block(entries.get("actions")) and "action" not in entries["actions"]
+    return isinstance(entries, dict) and is_block(entries.get("actions"))
 
 
 def asset_key(path: Path | None) -> str | None:

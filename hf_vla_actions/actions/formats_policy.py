@@ -148,6 +148,9 @@ def _reading(actors: list[Normalizer], observers: list[Normalizer], notes: tuple
             identity = observers[0].modes.get("STATE", "IDENTITY") == "IDENTITY"
             notes += ("the state is not normalized (IDENTITY)",) if identity else ()
             entries[key]["proprio"] = None if identity else _vector(observers, "proprio", feature)
+    used = {feature for features in keyed.values() for feature in features.values()}
+    others = sorted({name for step in actors for name in step.tensors} - used)
+    notes += (f"not read: {others}",) if others else ()
     warnings: tuple[str, ...] = ()
     if None not in entries:
         warnings = (

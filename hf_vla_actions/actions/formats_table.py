@@ -29,6 +29,7 @@ class Format:
         write_files: writer of several files in one folder, by name; `companions` are those it may find there.
         several: whether one file holds several datasets.
         horizon: whether it holds statistics by step, (horizon, dof).
+        applied: modes that the format's other readers can apply; () for all that are read back.
     """
 
     about: str
@@ -41,6 +42,7 @@ class Format:
     companions: tuple[str, ...] = ()
     several: bool = False
     horizon: bool = False
+    applied: tuple[str, ...] = ()
 
 
 NO_EPSILON = "no epsilon here: the inverse is exact"
@@ -66,6 +68,7 @@ FORMATS: dict[str, Format] = {
         "dataset_statistics.json",
         datasets.write_openvla,
         several=True,
+        applied=("bounds_q99", "bounds"),
     ),
     "octo": Format(
         "Octo (mean and std by default) and open-pi-zero (p01..p99): the file does not say which; p01..p99 is assumed",

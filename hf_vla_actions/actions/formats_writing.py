@@ -65,6 +65,9 @@ def write_stats(
         again = parse_stats(document, None if kind.several else key, format, None, dof)
         alone = is_only(document, format)
     lost, unused = losses(stats, again.stats, dims, again.names)
+    strange = sorted(name for name in stats if kind.applied and stats[name]["action"].mode not in kind.applied)
+    if strange:
+        lost.append(f"the mode of {strange} for its other readers, which know {list(kind.applied)}")
     if not alone:
         lost.append(f"what tells it from other formats, so that format={format!r} is needed to read it")
     if lost and not lossy:
