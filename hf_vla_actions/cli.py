@@ -11,6 +11,10 @@ COMMANDS = {
         "learn a small task from nothing, obey limits, in minutes on any machine",
     ),
     "train": ("hf_vla_actions.train.__main__", "fine-tune a model on a LeRobotDataset (one process; see --help)"),
+    "launch-config": (
+        "hf_vla_actions.train.launch_config",
+        "ready configurations for accelerate launch: DDP, FSDP2, ZeRO-3, several machines",
+    ),
     "fit-vq": (
         "hf_vla_actions.train.fit_vq",
         "learn an action tokenizer of a few codes a chunk from a LeRobotDataset",
