@@ -145,6 +145,9 @@ CHUNK[..., 6] = CHUNK[..., 6] > 0
 STATE = np.random.default_rng(2).normal(size=(3, 6)) * 0.5
 
 
+BRIDGE_STATE = ActionSpace(NAMES[:6], UNITS[:6], False, "base", pose=replace(POSE, turns=None))
+
+
 def test_worked_example():
     action = np.array([[0.01, 0, 0, 0, 0, np.pi / 2, 1.0], [0.01, 0, 0, 0, 0, np.pi / 2, 0.0]])
     out = BRIDGE.convert(action, ROBOT, [0.1, 0.2, 0.3, 0.0, 0.0, 0.0])
@@ -358,7 +361,16 @@ def test_what_does_not_follow_raises(name):
         source.convert(chunk, to, **options)
 
 
-def test_bad_numbers_raises():
+def test_batches_may_be_empty_but_chunks_not_raises():
+    assert BRIDGE.convert(np.zeros((0, 4, 7)), ROBOT, np.zeros(6)).shape == (0, 4, 8)
+    assert ROBOT.convert(np.zeros((0, 4, 8)), BRIDGE, BRIDGE_STATE.wrap(np.zeros((0, 6)))).shape == (0, 4, 7)
+    with pytest.raises(ActionSpaceError, match="at least one step"):
+        BRIDGE.convert(np.zeros((3, 0, 7)), ROBOT, STATE)
+
+
+def test_bad_arguments_raises():
+    with pytest.raises(ActionSpaceError, match="to= is the ActionSpace"):
+        BRIDGE.convert(CHUNK, "robot", STATE)
     with pytest.raises(ActionSpaceError, match="2 NaN or infinite"):
         BRIDGE.convert(np.where(np.arange(7) < 2, np.nan, 0.0), BRIDGE)
     with pytest.raises(ActionSpaceError, match=r"\(4, 6\) for a space of 7"):

@@ -103,6 +103,8 @@ def convert(
     if not values.ndim or values.shape[-1] != source.dof:
         raise ActionSpaceError(f"actions {values.shape} for a space of {source.dof} dimensions {list(source.names)}")
     chunk = values[None] if values.ndim == 1 else values
+    if not chunk.shape[-2]:
+        raise ActionSpaceError(f"a chunk has at least one step, got actions {values.shape}")
     plan = make_plan(source, to, chunk.shape[-2], drop)
     where, where_space = (state.values, state.space) if isinstance(state, Actions) else (state, None)
     reference = Reference.read(where, plan, chunk.shape[:-2], where_space)

@@ -108,6 +108,8 @@ class Plan:
 
 def make_plan(source: ActionSpace, to: ActionSpace, horizon: int | None, drop: Sequence[str] = ()) -> Plan:
     """The way from one space to another; raises if there is none. `horizon` None: more than one step."""
+    if not isinstance(to, ActionSpace):
+        raise ActionSpaceError(f"to= is the ActionSpace that is wanted, got {to!r}")
     # A chunk of one step has one reference, whatever its changes are said to be relative to.
     anchors = ("chunk", "chunk") if horizon == 1 else (source.anchor, to.anchor)
     plan = Plan(source, to, *anchors)

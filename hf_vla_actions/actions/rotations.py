@@ -67,7 +67,9 @@ def to_matrix(values: Any, form: str) -> Any:
     if array.ndim < 1 or array.shape[-1] != size:
         raise ActionSpaceError(f"{form} has {size} numbers on the last axis, got shape {array.shape}")
     rows = array.reshape(-1, size)
-    if axes:
+    if not len(rows):
+        matrix = np.zeros((0, 3, 3))
+    elif axes:
         matrix = _scipy().from_euler(axes, rows).as_matrix()
     elif form.startswith("quat"):
         matrix = _from_quaternion(rows if form == "quat_xyzw" else rows[:, [1, 2, 3, 0]])
@@ -102,6 +104,8 @@ def from_matrix(matrix: Any, form: str) -> Any:
     array = read_numbers("the matrix", matrix)
     if array.shape[-2:] != (3, 3):
         raise ActionSpaceError(f"rotation matrices have shape (..., 3, 3), got {array.shape}")
+    if not array.size:
+        return like(matrix)(np.zeros((*array.shape[:-2], size_of(form))))
     rotation = _scipy().from_matrix(_nearest(array.reshape(-1, 3, 3)))
     if axes:
         values = _euler(rotation, axes)
@@ -170,6 +174,8 @@ def _scipy() -> type[Rotation]:
 
 def _with_last(matrix: np.ndarray, axes: str, last: np.ndarray) -> np.ndarray:
     """(..., 3) Euler angles of matrices at gimbal lock whose last angle is given."""
+    if not last.size:
+        return np.zeros((*last.shape, 3))
     undo = _scipy().from_euler(axes[2], -last.reshape(-1, 1)).as_matrix()
     flat = matrix.reshape(-1, 3, 3)
     rest = flat @ undo if axes.isupper() else undo @ flat
@@ -194,7 +200,7 @@ def _from_quaternion(rows: np.ndarray) -> np.ndarray:
 def _nearest(matrices: np.ndarray) -> np.ndarray:
     """The same matrices, if they are rotations but for rounding."""
     gram = np.swapaxes(matrices, -1, -2) @ matrices
-    off = np.abs(gram - np.eye(3)).max(axis=(-1, -2)) if len(matrices) else np.zeros(0)
+    off = np.abs(gram - np.eye(3)).max(axis=(-1, -2))
     bad = (off > ORTHOGONAL) | (np.linalg.det(matrices) < 0)
     if bad.any():
         i = int(bad.argmax())
