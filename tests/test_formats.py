@@ -193,6 +193,13 @@ def test_relative_statistics_keep_their_steps(tmp_path):
     assert any("relative to the state" in text for text in file.warnings)
 
 
+def test_one_embodiment_without_a_name_needs_one(tmp_path):
+    path = put(tmp_path, "groot", {"action": {"arm": ARM}, "relative_action": {"arm": STEPS}})
+    with pytest.raises(StatsError, match="pass key="):
+        read_stats(path)
+    assert sorted(read_stats(path, key="gr1").stats) == ["gr1", "gr1/relative"]
+
+
 def test_metadata_of_older_gr00t_models(tmp_path):
     old = {"gr1": {"statistics": FILES["groot"]["robot"], "modalities": {}, "embodiment_tag": "gr1"}}
     assert read_stats(put(tmp_path, "groot", old)).stats["gr1"]["action"].max.tolist() == B["max"]

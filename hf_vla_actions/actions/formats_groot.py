@@ -95,7 +95,9 @@ def read_groot(document: Document, wish: Wish, preferred: tuple[str, ...]) -> Re
         if "action" in parts:
             entries[key], names[key] = _join_parts(parts, wish, preferred, where)
         if content.get("relative_action"):
-            label = (wish.key if key is None else key) or ""
+            label = wish.key if key is None else key
+            if label is None:
+                raise StatsError(f"{document} describes one embodiment without a name; pass key='...' to name it")
             relative = {**parts, "action": content["relative_action"]}
             entries[label + RELATIVE], names[label + RELATIVE] = _join_parts(relative, wish, preferred, where)
             groups = list(content["relative_action"])
