@@ -89,6 +89,7 @@ class ChunkDataset:
         row = int(self._rows[item])
         states = self.dataset.states
         start = int(self._starts[item])
+        past = self._past(row, start + self.skip_first) if self.history else {}  # first: videos go forwards
         return {
             "images": self._images(row),
             "instruction": self.dataset.instruction(row),
@@ -98,7 +99,7 @@ class ChunkDataset:
             "episode": int(self._episode_index[item]),
             "step": row - start,
             "unnorm_key": self.unnorm_key,
-            **(self._past(row, start + self.skip_first) if self.history else {}),
+            **past,
         }
 
     def _images(self, row: int) -> list[Any]:

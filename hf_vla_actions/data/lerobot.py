@@ -49,7 +49,7 @@ class LeRobotDataset(LeRobotFolder):
         if self.info["features"][camera]["dtype"] == "video":
             return self._video_frame(row, camera)
         images = self._opened(camera, lambda: ParquetImages([self._data_file(*file) for file in self._files], camera))
-        return self._decode(images.encoded(row), row, camera)
+        return self._decode(images.encoded(row), row, camera, images.where(row))
 
     def _video_frame(self, row: int, camera: str) -> Image.Image:
         table = self._table[self._place(row)]

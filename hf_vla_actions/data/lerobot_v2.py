@@ -128,7 +128,7 @@ class LeRobotV2Dataset(LeRobotFolder):
             (relative, camera),
             lambda: ParquetImages([self.files.local(relative)], camera, cache_bytes=CACHE_BYTES),
         )
-        return self._decode(images.encoded(row - start), row, camera)
+        return self._decode(images.encoded(row - start), row, camera, images.where(row - start))
 
     def _video_frame(self, row: int, camera: str) -> Image.Image:
         place = self._place(row)

@@ -163,7 +163,9 @@ class LeRobotWriter:
             self._flush_episodes()
             self._episodes.close()
             self._episodes = None
-            self._parquet.write_table(tasks_table(list(self._tasks)), self._folder / "meta" / "tasks.parquet")
+            self._parquet.write_table(
+                tasks_table(list(self._tasks)), self._folder / "meta" / "tasks.parquet", write_page_checksum=True
+            )
             self._write_json("stats.json", _stats(self._vectors, self._pixels))
             self._write_json("info.json", self._info())
             self._check_target()
@@ -315,7 +317,9 @@ class LeRobotWriter:
         path = self._folder / DATA_PATH.format(chunk_index=number // CHUNK_SIZE, file_index=number % CHUNK_SIZE)
         if self._data is None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._data = self._parquet.ParquetWriter(path, table.schema, use_dictionary=False)
+            self._data = self._parquet.ParquetWriter(
+                path, table.schema, use_dictionary=False, write_page_checksum=True
+            )
         self._data.write_table(table, row_group_size=steps)
         if path.stat().st_size >= self.data_files_size_in_mb * 1e6:
             self._close_data()
@@ -337,7 +341,9 @@ class LeRobotWriter:
         if self._episodes is None:
             path = self._folder / EPISODES_PATH
             path.parent.mkdir(parents=True)
-            self._episodes = self._parquet.ParquetWriter(path, pa.Table.from_pylist(self._pending[:1]).schema)
+            self._episodes = self._parquet.ParquetWriter(
+                path, pa.Table.from_pylist(self._pending[:1]).schema, write_page_checksum=True
+            )
         self._episodes.write_table(pa.Table.from_pylist(self._pending, schema=self._episodes.schema))
         self._pending.clear()
 

@@ -22,14 +22,24 @@ def import_parquet() -> ModuleType:
     return pyarrow.parquet
 
 
+def pyarrow_errors() -> tuple[type[Exception], ...]:
+    """All that pyarrow raises for a damaged file; some of its errors are neither OSError nor ValueError."""
+    from pyarrow.lib import ArrowException
+
+    return (OSError, ValueError, ArrowException)
+
+
 def open_parquet(path: Path) -> Any:
-    """Open a parquet file as `pyarrow.parquet.ParquetFile`; only its footer is read."""
+    """Open a parquet file as `pyarrow.parquet.ParquetFile`; only its footer is read.
+
+    Where the file has checksums of its pages, they are compared when pages are read.
+    """
     parquet = import_parquet()
     if not path.is_file():
         raise DatasetError(f"{path} is missing, though the dataset names it; fetch the complete dataset")
     try:
-        return parquet.ParquetFile(path, memory_map=True)
-    except (OSError, ValueError) as error:  # every pyarrow error is one of the two
+        return parquet.ParquetFile(path, memory_map=True, page_checksum_verification=True)
+    except pyarrow_errors() as error:
         raise _corrupt(path, error) from error
 
 
@@ -49,10 +59,11 @@ def read_columns(path: Path, columns: Sequence[str], optional: Sequence[str] = (
         for name in columns:
             if name not in present:
                 raise DatasetError(f"{path} has no column {name!r}; it has {present}")
+        chosen = [*columns, *(name for name in optional if name in present)]
         try:
-            return file.read([*columns, *(name for name in optional if name in present)])
-        except (OSError, ValueError) as error:
-            raise _corrupt(path, error) from error
+            return file.read(chosen)
+        except pyarrow_errors() as error:
+            raise _corrupt(path, error, _locate(file, chosen)) from error
 
 
 def column_vectors(column: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -119,6 +130,13 @@ class ParquetImages:
             raise DatasetError(f"row {row} of {self.column!r} holds no picture in {self._path(place)}")
         return cell.as_py()
 
+    def where(self, row: int) -> str:
+        """File, row group and place within it of a row, for messages."""
+        place = int(np.searchsorted(self._stops, row, side="right"))
+        file, group = self._groups[place]
+        start = int(self._stops[place - 1]) if place else 0
+        return f"{self.paths[file]}, row group {group}, row {row - start}"
+
     def _path(self, place: int) -> Path:
         return self.paths[self._groups[place][0]]
 
@@ -132,8 +150,9 @@ class ParquetImages:
                 # one thread: DataLoader workers are the parallelism here, and they may be forks
                 struct = self._files[file].read_row_group(group, columns=[self.column], use_threads=False)
                 pictures = pc.struct_field(struct[self.column], "bytes")
-            except (OSError, ValueError, LookupError) as error:
-                raise _corrupt(self._path(place), error) from error
+            except (*pyarrow_errors(), LookupError) as error:
+                where = _locate(self._files[file], [self.column]) or f"row group {group}"
+                raise _corrupt(self._path(place), error, where) from error
             self._cache[place] = (pictures, pictures.nbytes)
             while len(self._cache) > 1 and sum(size for _, size in self._cache.values()) > self.cache_bytes:
                 self._cache.popitem(last=False)
@@ -141,6 +160,28 @@ class ParquetImages:
         return self._cache[place][0]
 
 
-def _corrupt(path: Path, error: Exception) -> DatasetError:
+def _locate(file: Any, columns: Sequence[str]) -> str:
+    """The first part of a file that cannot be read: row group, rows, column and bytes; empty if each can by itself."""
+    row = 0
+    for group in range(file.num_row_groups):
+        facts = file.metadata.row_group(group)
+        for column in columns:
+            try:
+                file.read_row_group(group, columns=[column], use_threads=False)
+            except pyarrow_errors():
+                chunks = [facts.column(i) for i in range(facts.num_columns)]
+                found = [chunk for chunk in chunks if f"{chunk.path_in_schema}.".startswith(f"{column}.")]
+                start = min((_offset(chunk) for chunk in found), default=0)
+                stop = max((_offset(chunk) + chunk.total_compressed_size for chunk in found), default=0)
+                return f"row group {group} (rows {row} to {row + facts.num_rows}), column {column!r}, bytes {start} to {stop}"
+        row += facts.num_rows
+    return ""
+
+
+def _offset(chunk: Any) -> int:
+    return chunk.dictionary_page_offset if chunk.has_dictionary_page else chunk.data_page_offset
+
+
+def _corrupt(path: Path, error: Exception, where: str = "") -> DatasetError:
     reason = " ".join(str(error).split())
-    return DatasetError(f"{path} cannot be read as parquet, fetch it again: {reason}")
+    return DatasetError(f"{path} cannot be read as parquet, fetch it again: {f'{where}: ' if where else ''}{reason}")

@@ -148,12 +148,13 @@ class EpisodeReader(abc.ABC):
         place = self._place(row)
         return f"episode {self._numbers[place]} step {row - int(self._starts[place])}"
 
-    def _decode(self, encoded: bytes, row: int, camera: str) -> Image.Image:
-        """RGB picture from the bytes of a JPEG or PNG file."""
+    def _decode(self, encoded: bytes, row: int, camera: str, where: str = "") -> Image.Image:
+        """RGB picture from the bytes of a JPEG or PNG file, which lies at `where` (for the message)."""
         try:
             return Image.open(io.BytesIO(encoded)).convert("RGB")
         except (OSError, SyntaxError, ValueError) as error:  # Pillow's ways to refuse a damaged file
-            raise DatasetError(f"{camera!r} of {self._where(row)} in {self.root} is no picture: {error}") from error
+            place = f"{camera!r} of {self._where(row)} in {where or self.root}"
+            raise DatasetError(f"{place} is no picture: {error}") from error
 
     def _check_times(self, timestamps: np.ndarray) -> None:
         late = np.diff(timestamps) <= 0

@@ -16,6 +16,7 @@ from hf_vla_actions.errors import DatasetError
 
 CODEC = "libx264"
 PIXEL_FORMAT = "yuv420p"
+REORDERED = 3  # a frame may depend on one that is shown up to so many frames later (x264 makes no more by default)
 FORWARD_FRAMES = 10  # decode on up to here, seek beyond: LeRobot's videos have a key frame every 2 frames
 
 
@@ -41,17 +42,21 @@ class VideoReader:
         if not self.path.is_file():
             raise DatasetError(f"{self.path} is missing, though the dataset names it; fetch the complete dataset")
         try:
-            self._container = self._av.open(str(self.path))
+            self._container = self._av.open(str(self.path), metadata_errors="replace")
         except self._av.FFmpegError as error:
             raise self._corrupt(error) from error
         if not self._container.streams.video:
             raise DatasetError(f"{self.path} has no video stream")
         self._stream = self._container.streams.video[0]
+        if self._stream.codec_context is None:
+            raise DatasetError(f"{self.path} is damaged or of an unknown codec: fetch it again")
         # No threads here nor in `to_image`: a forked DataLoader worker that frees its parent's decoder or frames would
         # wait forever for threads that were not forked with it.
         self._stream.codec_context.thread_count = 1
+        self._ahead = REORDERED if self._stream.codec_context.has_b_frames else 0
         self._frames: Iterator[Any] = iter(())
-        self._recent: deque[Any] = deque(maxlen=4)  # consecutive decoded frames
+        self._recent: deque[Any] = deque(maxlen=self._ahead + 4)  # consecutive decoded frames
+        self._damage: dict[float, float] = {}  # by a frame's time, that of the damaged frame it may depend on
 
     @property
     def n_frames(self) -> int | None:
@@ -74,12 +79,13 @@ class VideoReader:
             RGB picture.
         """
         try:
-            if not self._spans(seconds):
-                if not self._shortly_before(seconds):
-                    self._seek(seconds)
-                self._advance(seconds)
+            if not (self._spans(seconds) or self._shortly_before(seconds)):
+                self._seek(seconds)
+            self._advance(seconds)
         except self._av.FFmpegError as error:
-            raise self._corrupt(error) from error
+            last = f" after {self._recent[-1].time:.4f} s" if self._recent else ""
+            self._recent.clear()
+            raise self._corrupt(error, last) from error
         if not self._recent:
             raise DatasetError(f"{self.path} has no frame at {seconds:.4f} s")
         nearest = min(self._recent, key=lambda frame: abs(frame.time - seconds))
@@ -88,6 +94,7 @@ class VideoReader:
                 f"{self.path} has no frame within {tolerance:.4f} s of {seconds:.4f} s; the nearest is at "
                 f"{nearest.time:.4f} s: the video is cut short or does not belong to this dataset"
             )
+        self._check_whole(nearest)
         return nearest.to_image(threads=1)
 
     def close(self) -> None:
@@ -111,23 +118,42 @@ class VideoReader:
             self._container.seek(int(goal / self._stream.time_base), stream=self._stream)
             self._frames = self._container.decode(self._stream)
             self._recent.clear()
-            first = next(self._frames, None)
-            if first is not None:
-                self._recent.append(first)
+            self._damage.clear()
+            first = self._next()
             if goal == 0.0 or (first is not None and first.time <= seconds):
                 return
             back = 2 * back or 1.0  # files with reordered frames may land too late, or past the last frame
 
     def _advance(self, seconds: float) -> None:
-        """Decode until a frame is at or after `seconds`, or the file ends."""
-        while self._recent and self._recent[-1].time < seconds:
-            frame = next(self._frames, None)
-            if frame is None:
+        """Decode until a frame is at or after `seconds`, with those it may depend on, or the file ends."""
+        goal = seconds + max(self._ahead - 0.5, 0.0) / float(self._stream.average_rate or 30)
+        while self._recent and self._recent[-1].time < goal:
+            if self._next() is None:
                 return
-            self._recent.append(frame)
 
-    def _corrupt(self, error: Exception) -> DatasetError:
-        return DatasetError(f"{self.path} cannot be decoded as video, fetch it again: {' '.join(str(error).split())}")
+    def _next(self) -> Any:
+        """Decode one more frame; None at the end. The decoder patches damaged frames up, and only marks them."""
+        frame = next(self._frames, None)
+        if frame is None:
+            return None
+        before = self._damage.get(self._recent[-1].time) if self._recent and not frame.key_frame else None
+        if frame.is_corrupt or before is not None:
+            self._damage[frame.time] = frame.time if before is None else before
+        self._recent.append(frame)
+        return frame
+
+    def _check_whole(self, frame: Any) -> None:
+        later = [other for other in self._recent if other.time >= frame.time][: self._ahead + 1]
+        damage = next((self._damage[other.time] for other in later if other.time in self._damage), None)
+        if damage is not None:
+            raise DatasetError(
+                f"{self.path} is damaged at {damage:.4f} s, and the frame at {frame.time:.4f} s may depend on it: fetch the "
+                "file again"
+            )
+
+    def _corrupt(self, error: Exception, where: str = "") -> DatasetError:
+        reason = " ".join(str(error).split())
+        return DatasetError(f"{self.path} cannot be decoded as video{where}, fetch it again: {reason}")
 
 
 class VideoWriter:
