@@ -99,7 +99,7 @@ def test_chunks_keep_random_specifications(policy, name):
     try:
         for seed in range(20):
             case = random_case(np.random.default_rng([seed, len(name)]), name, n_codes=256)
-            vla, way = of_case(policy, case), WAYS[seed % 4]
+            vla, way = of_case(policy, case), {**WAYS[seed % 4], "mode": ("mixture", "project")[seed % 4 == 3]}
             inputs = vla.prepare(None, list(INSTRUCTIONS[:2]))
             torch.manual_seed(seed)
             try:
@@ -113,6 +113,7 @@ def test_chunks_keep_random_specifications(policy, name):
             (kept,) = out.kept_while
             texts = {str(c) for c in case.constraints()}
             assert {*kept.decoding, *dict(kept.afterwards)} <= texts
+            assert not (way["mode"] == "project" and kept.decoding)
             if not kept.afterwards:  # then projection finds nothing to do
                 assert not out.moved[within_reach(out, home.tokenizer, case.config.horizon)].any()
             done += 1
@@ -156,6 +157,18 @@ def test_what_tokens_keep_needs_no_projection(policy, seed):
     assert done
 
 
+def test_an_allowed_chunk_comes_back_as_it_was_said(policy):
+    """In mode "project", though the certificate of tokens would have refused what was said on the way to it."""
+    inputs = policy.prepare(None, list(INSTRUCTIONS[:2]))
+    free = policy.predict_action(**inputs, return_dict=True)
+    low, high = free.actions.min(axis=(0, 1)), free.actions.max(axis=(0, 1))
+    asked = [Range(d, float(low[d]), float(high[d])) for d in range(6)]
+    out = policy.predict_action(**inputs, constraints=asked, return_dict=True)
+    np.testing.assert_array_equal(out.token_ids, free.token_ids)
+    np.testing.assert_array_equal(out.actions, free.actions)
+    assert out.kept_while[0].afterwards == tuple((str(c), "mode 'project' decodes freely") for c in asked)
+
+
 # ---------------------------------------------------------------- totals
 
 
@@ -170,7 +183,7 @@ def test_totals_are_exact(policy, tokenizer, way, k):
     still, step = steps_of(tokenizer, 0)
     inputs = policy.prepare(None, list(INSTRUCTIONS[:2]))
     asked = [MoveBy("x", still + k * step), MoveBy("y", 0.0, tolerance=0.02)]
-    out = policy.predict_action(**inputs, constraints=asked, return_dict=True, **way)
+    out = policy.predict_action(**inputs, constraints=asked, mode="mixture", return_dict=True, **way)
     sums = out.actions.sum(axis=1)
     np.testing.assert_allclose(sums[:, 0], still + k * step, rtol=0, atol=1e-12)
     assert (np.abs(sums[:, 1]) <= 0.02).all()
@@ -183,7 +196,7 @@ def test_a_total_between_two_steps_is_decoded_next_to_it_and_moved_the_rest(poli
     still, step = steps_of(tokenizer, 0)
     asked = MoveBy("x", still + 3.3 * step)
     inputs = policy.prepare(None, list(INSTRUCTIONS[:2]))
-    out = policy.predict_action(**inputs, constraints=[asked], return_dict=True)
+    out = policy.predict_action(**inputs, constraints=[asked], mode="mixture", return_dict=True)
     np.testing.assert_allclose(out.actions[..., 0].sum(axis=1), still + 3.3 * step, rtol=0, atol=1.1e-9)
     decoded = STATS.unnormalize(out.normalized)[..., 0].sum(axis=1)
     np.testing.assert_allclose(decoded, still + 3 * step, rtol=0, atol=1e-12)
@@ -201,7 +214,7 @@ def test_of_two_totals_that_exclude_each_other_nothing_is_silently_lost(policy):
     with pytest.raises(InfeasibleConstraintError):
         policy.predict_action(**inputs, constraints=[MoveBy("x", 0.05), MoveBy("x", -0.05)])
     late = [MoveBy("x", 0.0331, steps=slice(2, 8), tolerance=0.0002), Range("x", -0.02, 0.02)]
-    out = policy.predict_action(**inputs, constraints=late, return_dict=True)
+    out = policy.predict_action(**inputs, constraints=late, mode="mixture", return_dict=True)
     assert abs(out.actions[0, 2:, 0].sum() - 0.0331) <= 0.0002
     assert "no constant" in dict(out.kept_while[0].afterwards)[str(late[0])]
     assert out.kept_while[0].decoding == (str(late[1]),)
@@ -230,7 +243,7 @@ class Forwards:
     ],
     ids=str,
 )
-@pytest.mark.parametrize("mode", ["project", "mask"])
+@pytest.mark.parametrize("mode", ["project", "mixture", "mask"])
 def test_the_impossible_is_refused_before_the_model_runs(policy, impossible, mode):
     inputs = policy.prepare(None, INSTRUCTIONS[0])
     forwards = Forwards(policy)
@@ -247,8 +260,9 @@ def test_the_impossible_is_refused_before_the_model_runs(policy, impossible, mod
     assert "bins" not in str(caught.value)
 
 
+@pytest.mark.parametrize("mode", ["mixture", "project"])
 @pytest.mark.parametrize("way", WAYS, ids=str)
-def test_constraints_that_exclude_nothing_change_nothing(policy, way):
+def test_constraints_that_exclude_nothing_change_nothing(policy, way, mode):
     inputs = policy.prepare(None, list(INSTRUCTIONS[:2]))
     vacuous = [
         Range("x", -1.0, 1.0),
@@ -263,7 +277,8 @@ def test_constraints_that_exclude_nothing_change_nothing(policy, way):
     outs = []
     for constraints in (None, vacuous):
         torch.manual_seed(1)
-        outs.append(policy.predict_action(**inputs, constraints=constraints, context=here, return_dict=True, **way))
+        ask = {"constraints": constraints, "context": here, "mode": mode, "return_dict": True}
+        outs.append(policy.predict_action(**inputs, **ask, **way))
     for name in ("token_ids", "actions", "normalized", "log_prob"):
         np.testing.assert_array_equal(getattr(outs[0], name), getattr(outs[1], name))
 
@@ -272,7 +287,7 @@ def test_soft_constraints_say_that_they_have_no_effect(policy, caplog):
     inputs = policy.prepare(None, INSTRUCTIONS[0])
     asked = [Range("x", -0.01, 0.01), Range("x", low=0.0).soft(1e5), Target("y", 0.0, sigma=0.00371)]
     with caplog.at_level(logging.WARNING):
-        out = policy.predict_action(**inputs, constraints=asked, return_dict=True)
+        out = policy.predict_action(**inputs, constraints=asked, mode="mixture", return_dict=True)
     assert out.kept_while[0].without_effect == tuple(map(str, asked[1:]))
     assert out.kept_while[0].decoding == (str(asked[0]),)
     assert "has no effect" in caplog.text
@@ -307,16 +322,15 @@ def test_mask_names_what_tokens_cannot_keep(policy, constraint, why):
     assert forwards.count == 0
     assert str(asked[-1]) in str(caught.value)
     assert "mode='project'" in str(caught.value)
-    out = policy.predict_action(**inputs, constraints=asked, context=context, return_dict=True)
+    out = policy.predict_action(**inputs, constraints=asked, context=context, mode="mixture", return_dict=True)
     assert str(asked[-1]) in dict(out.kept_while[0].afterwards)
     assert str(asked[0]) in out.kept_while[0].decoding
 
 
 def test_other_modes_and_candidates_are_refused(policy):
     inputs = policy.prepare(None, INSTRUCTIONS[0])
-    for mode in ("transport", "mixture"):
-        with pytest.raises(VLAActionsError, match="use mode='project'"):
-            policy.predict_action(**inputs, mode=mode)
+    with pytest.raises(VLAActionsError, match="use mode='project'"):
+        policy.predict_action(**inputs, mode="transport")
     with pytest.raises(VLAActionsError, match="candidates are for VQ"):
         policy.predict_action(**inputs, candidates=4)
 
@@ -332,7 +346,7 @@ def test_each_sample_has_its_own_limits(policy):
     lists = [
         [*each, Workspace(["z"], low=z - 0.02, high=z + 0.05)] for each, z in zip(lists, (0.1, 0.2, 0.3), strict=True)
     ]
-    for mode, n in itertools.product(("project", "mask"), (1, 2)):
+    for mode, n in itertools.product(("mixture", "mask"), (1, 2)):
         out = policy.predict_action(
             **inputs,
             constraints=lists,
@@ -360,6 +374,7 @@ def test_a_sample_that_holds_keeps_no_limits(policy):
         constraints=lists,
         context=Context(last_action=ZEROS),
         on_infeasible="hold",
+        mode="mixture",
         return_dict=True,
     )
     assert out.fallback.tolist() == [False, True]

@@ -84,7 +84,7 @@ class ActionOutput:
     @property
     def certified(self) -> np.ndarray:
         """(batch,) bool: rows that are what the tokens say, because nothing had to be moved."""
-        return ~self.moved.any(axis=(1, 2))
+        return np.logical_not(self.moved.any(axis=(1, 2)))
 
     @cached_property
     def confidence(self) -> ConfidenceReport:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from transformers import LogitsProcessorList
 
-from hf_vla_actions.constraints import BoundConstraints, bind
+from hf_vla_actions.constraints import BoundConstraints, Context, bind
 from hf_vla_actions.decoding.fast import FASTLogitsProcessor
 from hf_vla_actions.decoding.fast_constraints import FASTLimits, fast_limits
 from hf_vla_actions.decoding.kept import KeptWhile, all_afterwards
@@ -24,6 +24,7 @@ from hf_vla_actions.tokenizers.fast_dct import from_coefficients
 
 logger = logging.getLogger(__name__)
 
+MODES = {"FAST": ("project", "mixture", "mask"), "VQ": ("project",)}
 POINTS = 256  # that stand for the reach of a dimension
 
 
@@ -32,8 +33,9 @@ def predict_whole_chunks(
 ) -> ActionOutput:
     """Generate whole chunks, always valid ones, within all constraints.
 
-    FAST: whatever bounds weighted sums over the steps of one dimension is kept while tokens are decoded (see
-    `fast_limits`), the rest by projection; values beyond [-1, 1], but for rounding, are moved back to it as well. VQ: a chunk that is not allowed gives way to the most probable allowed one of
+    FAST: "project" decodes freely and moves the chunk. "mixture" keeps whatever bounds weighted sums over the steps of one
+    dimension while tokens are decoded (see `fast_limits`), and moves the chunk for the rest. "mask" keeps everything so,
+    or raises. Where chunks are moved, values beyond [-1, 1], but for rounding, go back to it as well. VQ: a chunk that is not allowed gives way to the most probable allowed one of
     a few candidates (see `certified`); where none is, it is projected.
 
     Args:
@@ -44,11 +46,11 @@ def predict_whole_chunks(
         options: of `generate`, and the other tensors of the prompt; and `candidates`, for VQ.
     """
     config, fast = policy.action_config, isinstance(policy.action_config.tokenizer, FASTActionTokenizer)
-    mode, modes = asked["mode"], ("project", "mask") if fast else ("project",)
-    if mode not in modes:
+    mode = asked["mode"]
+    if mode not in (MODES["FAST"] if fast else MODES["VQ"]):
         raise VLAActionsError(
             f"mode {mode!r} works on tokens that stand for one number each; {'FAST' if fast else 'VQ'} tokens stand for a "
-            f"chunk: use mode='project', which keeps the same constraints{', or mode=' + repr('mask') if fast else ''}"
+            f"chunk: use mode='project', which keeps the same constraints{' (or mixture, or mask)' if fast else ''}"
         )
     options = dict(options)
     n_candidates = _candidates(options.pop("candidates", None), fast)
@@ -56,17 +58,8 @@ def predict_whole_chunks(
     bound = _bind(config, key, asked, 1.0 + beyond)
     bound.check_batch(len(input_ids))
     if fast:
-        limits = fast_limits(
-            bound,
-            config.tokenizer,
-            config.stats(key),
-            context=asked["context"],
-            beyond=beyond,
-            strict=mode == "mask",
-        )
+        limits = _limits(config, key, bound, asked["context"], mode, beyond)
         kept = limits.kept
-        if mode == "mask":
-            _need_all(kept)
         processor: Any = _fast_processor(config, key, input_ids.shape[1], limits, guesses(options))
     else:
         kept = all_afterwards(bound, asked["context"], "VQ tokens are judged when the chunk is whole")
@@ -136,6 +129,19 @@ def _candidates(given, fast: bool) -> int:
     return int(n)
 
 
+def _limits(
+    config, key: str, bound: BoundConstraints, context: Context | None, mode: str, beyond: float
+) -> FASTLimits:
+    """What FAST tokens keep in a mode."""
+    if mode == "project":
+        return FASTLimits(None, None, None, None, all_afterwards(bound, context, "mode 'project' decodes freely"))
+    strict, stats = mode == "mask", config.stats(key)
+    limits = fast_limits(bound, config.tokenizer, stats, context=context, beyond=beyond, strict=strict)
+    if strict:
+        _need_all(limits.kept)
+    return limits
+
+
 def _need_all(kept: tuple[KeptWhile, ...]) -> None:
     for sample, one in enumerate(kept):
         reasons = [*one.afterwards, *((text, "it only pulls on single numbers") for text in one.without_effect)]
@@ -143,7 +149,7 @@ def _need_all(kept: tuple[KeptWhile, ...]) -> None:
             text, why = reasons[0]
             raise ConstraintError(
                 f"mode 'mask' keeps everything while FAST tokens are decoded, and cannot keep {text} (sample {sample}): {why}. "
-                "Leave it out, or use mode='project', which moves the decoded chunk"
+                "Leave it out, or use mode='project' or 'mixture', which move the decoded chunk"
             )
 
 
