@@ -104,7 +104,7 @@ class ActionPredictionMixin:
                 in `ActionOutput.fallback` and logged.
             return_dict: return an ActionOutput instead of the actions alone.
             kwargs: the rest of `prepare`'s result, and options of `generate` such as `do_sample`, `temperature`,
-                `num_beams`, `num_return_sequences`.
+                `num_beams`, `num_return_sequences`; VQ: `candidates` (16), chunks to look at where the first is not allowed.
 
         Returns:
             (batch, horizon, dof) float64 in the units of the action space; with `num_return_sequences` n, batch * n
