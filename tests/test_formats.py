@@ -331,6 +331,15 @@ def test_what_is_no_statistics_file_raises(tmp_path, text, message):
         read_stats(path, key="robot")
 
 
+@pytest.mark.parametrize(
+    ("more", "name"),
+    [({"count": [40]}, "lerobot"), ({"q50": [0.0] * 3}, "lerobot"), ({"mask": [True] * 3}, "openvla"), (OCTO, "octo")],
+)
+def test_one_telling_statistic_settles_an_ambiguity(tmp_path, more, name):
+    block = more if name == "octo" else {**B, **more}
+    assert read_stats(put(tmp_path, "lerobot", {"action": block}), key="robot").format == name
+
+
 def test_the_caller_settles_an_ambiguity(tmp_path):
     path = put(tmp_path, "lerobot", {"action": {"q01": [0.0], "q99": [1.0]}})
     for name in ("openvla", "lerobot"):
