@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from hf_vla_actions.actions import Actions, ActionSpace, Gripper, PoseDims
 from hf_vla_actions.actions.rotations import from_matrix, size_of, to_matrix
+from hf_vla_actions.data import LeRobotDataset
 from hf_vla_actions.errors import ActionSpaceError
 
 LENGTHS = {"m": 1.0, "cm": 0.01, "mm": 0.001, "in": 0.0254}
@@ -165,6 +166,22 @@ def test_state_goes_as_array_mapping_or_in_a_space_of_its_own():
     np.testing.assert_allclose(BRIDGE.convert(CHUNK, ROBOT, own), out, atol=1e-12)
     assert (BRIDGE.convert(CHUNK[1], ROBOT, STATE[1]) == out[1]).all()
     assert (BRIDGE.convert(CHUNK[1, 0], ROBOT, STATE[1]) == out[1, 0]).all(), "one action is a chunk of one step"
+
+
+def test_differences_of_real_states_lead_to_these_states(shared):
+    """BridgeData relabelled as OpenVLA trains on it: changes of the reached state are targets again."""
+    dataset = LeRobotDataset(shared / "data/bridge_sample")
+    targets = replace_space(BRIDGE, names=NAMES, delta=False, pose=replace(POSE, turns=None))
+    for episode in dataset.episodes:
+        states = dataset.states[episode.start : episode.stop, :6]
+        changes = np.concatenate(
+            [np.diff(states, axis=0), dataset.actions[episode.start : episode.stop - 1, 6:]], axis=1
+        )
+        np.testing.assert_allclose(BRIDGE.convert(changes, targets, states[0])[:, :6], states[1:], atol=1e-12)
+        back = targets.convert(
+            np.concatenate([states[1:], changes[:, 6:]], axis=1), BRIDGE, BRIDGE_STATE.wrap(states[0])
+        )
+        np.testing.assert_allclose(back, changes, atol=1e-12)
 
 
 def test_torch_gives_the_same_numbers():
