@@ -185,6 +185,11 @@ def test_parts_that_do_not_fit_together_raise(chunks, tmp_path):
         MixtureDataset([(small, 1), (ChunkDataset(large.dataset, 3), 1)])
     with pytest.raises(DatasetError, match="one history"):
         MixtureDataset([(small, 1), (ChunkDataset(large.dataset, 2, history=1), 1)])
+    options = {"fps": 10, "robot_type": "arm", "action_names": ["x"], "image_shapes": {"front": (4, 4, 3)}}
+    with LeRobotWriter(tmp_path / "seeing", **options) as writer:
+        writer.add_episode("look", np.zeros((3, 1)), {"front": np.zeros((3, 4, 4, 3), np.uint8)})
+    with pytest.raises(DatasetError, match=r"one number of cameras, got {'small': 0, 'seeing': 1}"):
+        MixtureDataset([(small, 1), (ChunkDataset(LeRobotDataset(tmp_path / "seeing"), 2), 1)])
     with pytest.raises(DatasetError, match="by the unnorm_key 'small'"):
         MixtureDataset([(small, 1), (ChunkDataset(large.dataset, 2, unnorm_key="small"), 1)])
     both = MixtureDataset([(small, 1), (ChunkDataset(small.dataset, 2, skip_first=1), 1)])

@@ -37,7 +37,7 @@ class MixtureDataset:
 
     Raises:
         DatasetError: a weight that is no positive number, or so small that a block has no draw for it; parts of different
-            horizon or history; two datasets under one `unnorm_key`.
+            horizon, history or number of cameras; two datasets under one `unnorm_key`.
     """
 
     def __init__(self, parts: Sequence[tuple[ChunkDataset, float]], *, seed: int = 0, samples: int | None = None):
@@ -68,10 +68,16 @@ class MixtureDataset:
             raise DatasetError(
                 f"the weight of {self.parts[bad[0]].unnorm_key!r} must be a positive number, got {weights[bad[0]]}"
             )
-        for what in ("horizon", "history"):
-            values = {chunks.unnorm_key: getattr(chunks, what) for chunks in self.parts}
-            if len({getattr(chunks, what) for chunks in self.parts}) > 1:
-                raise DatasetError(f"the parts of a mixture must have one {what}, got {values}")
+        same = {
+            "horizon": [chunks.horizon for chunks in self.parts],
+            "history": [chunks.history for chunks in self.parts],
+            "number of cameras": [len(chunks.dataset.cameras) for chunks in self.parts],
+        }
+        for what, values in same.items():
+            if len(set(values)) > 1:
+                keys = [chunks.unnorm_key for chunks in self.parts]
+                found = dict(zip(keys, values, strict=True))
+                raise DatasetError(f"the parts of a mixture must have one {what}, got {found}")
         roots: dict[str, Any] = {}
         for chunks in self.parts:
             root = roots.setdefault(chunks.unnorm_key, chunks.dataset.root)
