@@ -268,7 +268,7 @@ def test_slightly_other_ranges_are_said_and_used(fitted, base, tmp_path, caplog)
     scale_column(other, 1, 1.02)
     argv = [*command_line(base, other, tmp_path / "out"), *FEW, *HORIZON, "--action_tokenizer", str(fitted / "fast")]
     assert main(argv) == 0
-    assert "ranges that differ by up to 0.99 %" in caplog.text  # 2 % of a bound, of a range of both
+    assert "ranges that differ by up to 1 %" in caplog.text  # 2 % of a bound, of a range of both
 
 
 def test_a_trained_policy_keeps_its_tokenizer(fitted, base, robot, tmp_path, capsys):

@@ -95,9 +95,15 @@ def fast_metrics(config: ActionConfig, unnorm_key: str, predicted: np.ndarray, l
     }
     if not found:
         return metrics
-    pairs = [tuple(np.concatenate(part) for part in zip(*chunks, strict=True)) for chunks in (found, wanted)]
-    errors = _errors(config, unnorm_key, *pairs, np.ones((len(found), config.horizon), dtype=bool))
+    every = np.ones((len(found), config.horizon), dtype=bool)
+    errors = _errors(config, unnorm_key, _stacked(found), _stacked(wanted), every)
     return {**metrics, **{_wellformed(name): value for name, value in errors.items()}}
+
+
+def _stacked(pairs: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """Pairs (normalized, actions) of chunks as one pair."""
+    normalized, actions = zip(*pairs, strict=True)
+    return np.concatenate(normalized), np.concatenate(actions)
 
 
 def _wellformed(name: str) -> str:
