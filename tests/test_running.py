@@ -164,11 +164,18 @@ def test_updates_between_questions_are_counted():
     assert (stats.count, other.count) == (500, 100)
 
 
-def test_the_rows_are_copied():
-    rows = np.ones((5, 2))
+@pytest.mark.parametrize("value", [1.0, 0.1])  # kept as float32, and as float64
+def test_the_rows_are_copied(value):
+    rows = np.full((5, 2), value)
     stats = running(rows)
     rows[:] = 7
-    assert stats.max.tolist() == [1, 1]
+    assert stats.max.tolist() == [value, value]
+
+
+def test_zeros_of_either_sign_are_one_number():
+    zeros = np.array([[0.0], [-0.0], [0.1]])
+    assert running(zeros).to_dict() == running(zeros[::-1]).to_dict()
+    assert not np.signbit(running(zeros).min)
 
 
 def test_every_step_of_a_chunk_has_its_own():
