@@ -182,6 +182,7 @@ def test_vectors_of_a_dict_are_joined_in_the_order_asked_for_over_all_shards(tmp
     assert dataset.frame(7, "wrist").getpixel((3, 3)) == (2, 5, 7)
     assert dataset.metadata(2) == {"episode_metadata/id": -2, "episode_metadata/path": "run/2"}
     assert opened(folder, action_key="stop, arm").actions.tolist() == dataset.actions[:, :3].tolist()
+    assert dataset.camera_names == ("steps/observation/base", "steps/observation/wrist")  # not in the file's order
     assert dataset.timestamps is None
     assert dataset.fps is None
 

@@ -164,6 +164,7 @@ def test_the_last_entry_of_a_map_and_the_last_kind_of_a_oneof_count_and_parts_ar
         field(1, b"b") + field(2, feature(second) + feature(first)),
         field(1, b"c") + field(2, feature(first)) + field(2, feature(np.array([-9]))),
         field(1, b"nothing"),
+        field(1, b"first") + field(1, b"name") + field(2, feature(first)),
     ]
     data = memoryview(b"".join(field(1, field(1, entry)) for entry in entries))
     found = example_features(data)
@@ -171,6 +172,7 @@ def test_the_last_entry_of_a_map_and_the_last_kind_of_a_oneof_count_and_parts_ar
     assert (found["b"].kind, int_values(data, found["b"]).tolist()) == ("int64", [1, 2])
     assert int_values(data, found["c"]).tolist() == [1, 2, -9]
     assert found["nothing"].kind is None
+    assert list(found)[-1] == "name"
 
 
 @pytest.mark.parametrize(
@@ -196,7 +198,7 @@ def test_messages_that_are_none_raise(data, match):
     [
         (field(2, field(1, b"abc")), "no multiple of 4"),
         (field(3, field(1, b"\x81")), "do not end"),
-        (field(3, field(1, b"\x81" * 11 + b"\x01")), "more than 10"),
+        (field(3, field(1, b"\x81" * 10 + b"\x01")), "more than 10"),
     ],
 )
 def test_lists_that_are_none_raise(content, match):

@@ -187,5 +187,5 @@ def poses_of(start: np.ndarray, steps: np.ndarray) -> np.ndarray:
 
 
 def _kept(actions: np.ndarray, states: np.ndarray | None, rows: np.ndarray) -> EpisodeArrays:
-    """The rows named, copied."""
-    return actions[rows].copy(), None if states is None else states[rows].copy(), rows
+    """The rows named; indexing by an array copies them."""
+    return actions[rows], None if states is None else states[rows], rows
