@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -10,6 +10,7 @@ from hf_vla_actions.errors import StatsError
 finite = st.floats(-1e3, 1e3, allow_nan=False)
 
 
+@settings(deadline=None)
 @given(rows=arrays(np.float64, (9, 3), elements=finite), mode=st.sampled_from(["bounds_q99", "bounds", "normal"]))
 def test_unnormalize_undoes_normalize_inside_the_bounds(rows, mode):
     stats = ActionStats.compute(rows, mask=[True, True, False], mode=mode)
