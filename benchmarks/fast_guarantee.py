@@ -98,7 +98,7 @@ def tokenizers(data: Path | None) -> Cases:
         "fit": (FASTActionTokenizer.fit(walks(500, 16, 13, 0), 1024), SHAPES),
         "fit, scale 40": (FASTActionTokenizer.fit(walks(500, 8, 7, 1), 2048, 40), SHAPES[:5]),
         "fit, 50 steps": (FASTActionTokenizer.fit(walks(300, 50, 7, 2), 1024), longer),
-        # Merges across the borders of characters, and runs of 256 zeros: longer than any chunk of the first shapes.
+        # Merges across the borders of characters; tokens longer than a chunk are those of FAST+ and the fits.
         "foreign": (foreign(), SHAPES),
         "foreign, 2 and 3 bytes": (foreign(min_token=-2050), SHAPES),
         "foreign, bytes missing": (foreign(missing=(0xC4,)), SHAPES),
@@ -210,26 +210,30 @@ def walk(tokenizer: FASTActionTokenizer, shape: tuple[int, int], chunks: int, se
     return {"encodings": len(rows), "steps": steps, "refused": refused}
 
 
+def _off(values: np.ndarray, chunks: np.ndarray, scale: float) -> int:
+    """How many chunks did not come back with the coefficients they had."""
+    again, wanted = (dct(x, axis=1, norm="ortho") * scale for x in (values, chunks))
+    return int((np.abs(again - np.rint(wanted)).max(axis=(1, 2)) > 0.5).sum())
+
+
+def _trip(tokenizer: FASTActionTokenizer, chunks: np.ndarray) -> np.ndarray:
+    """Refused and wrong chunks, (2,): all at once, and one by one where one of them is not taken."""
+    try:
+        values = tokenizer.decode(tokenizer.encode(chunks), *chunks.shape[1:])
+    except VLAActionsError as error:
+        if len(chunks) == 1:
+            return np.array([0, 1] if isinstance(error, FASTDecodeError) else [1, 0])
+        return sum(_trip(tokenizer, half) for half in np.array_split(chunks, 2))  # type: ignore[return-value]
+    return np.array([0, _off(values, chunks, tokenizer.scale)])
+
+
 def round_trips(ours: FASTActionTokenizer, peer: FASTActionTokenizer, chunks: np.ndarray) -> dict:
     """How many chunks do not come back with the coefficients they had: by this package, and by the reference's code."""
-    shape = chunks.shape[1:]
-    refused = wrong = 0
-    for chunk in chunks:
-        wanted = np.rint(dct(chunk, axis=0, norm="ortho") * ours.scale)
-        try:
-            again = ours.decode(ours.encode(chunk), *shape)[0]
-        except FASTDecodeError:
-            wrong += 1
-        except VLAActionsError:
-            refused += 1
-        else:
-            wrong += int(np.abs(dct(again, axis=0, norm="ortho") * ours.scale - wanted).max() > 0.5)
-    reference, failed = Peer(peer), 0
-    for chunk in chunks:
-        wanted = np.rint(dct(chunk, axis=0, norm="ortho") * peer.scale)
-        again = reference.decode(reference.encode(chunk[None]), *shape)[0]
-        failed += int(np.abs(dct(again, axis=0, norm="ortho") * peer.scale - wanted).max() > 0.5)
-    return {"chunks": len(chunks), "refused": refused, "wrong": wrong, "reference wrong": failed}
+    reference, failed, tally = Peer(peer), 0, np.zeros(2, int)
+    for part in np.array_split(chunks, max(1, len(chunks) // 64)):
+        tally += _trip(ours, part)
+        failed += _off(reference.decode(reference.encode(part), *part.shape[1:]), part, peer.scale)
+    return {"chunks": len(chunks), "refused": int(tally[0]), "wrong": int(tally[1]), "reference wrong": failed}
 
 
 def show(line: dict, columns: Sequence[str], width: int) -> None:
