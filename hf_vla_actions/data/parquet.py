@@ -150,7 +150,7 @@ class ParquetImages:
                 # one thread: DataLoader workers are the parallelism here, and they may be forks
                 struct = self._files[file].read_row_group(group, columns=[self.column], use_threads=False)
                 pictures = pc.struct_field(struct[self.column], "bytes")
-            except (*pyarrow_errors(), LookupError) as error:
+            except (LookupError, *pyarrow_errors()) as error:  # type: ignore[misc]
                 where = _locate(self._files[file], [self.column]) or f"row group {group}"
                 raise _corrupt(self._path(place), error, where) from error
             self._cache[place] = (pictures, pictures.nbytes)

@@ -149,14 +149,28 @@ def check_numbers(
     used = own if stats is None else stats
     if used.dof != space.dof:
         raise DatasetError(f"statistics of {used.dof} dimensions for actions of {space.dof}")
+    if used.horizon is not None:
+        raise DatasetError("statistics of each step of a chunk say nothing about single actions: give those of actions")
     low, high = used.unnormalize(-np.ones(space.dof)), used.unnormalize(np.ones(space.dof))
+    normalized = np.asarray(used.mask)
     kinds = guess_kinds(x, states, episodes)
     dimensions = []
     for d in range(space.dof):
         column = x[finite, d]
-        clipped = float(np.mean((column < low[d]) | (column > high[d]))) if used.mask[d] else 0.0
-        facts = column.min(), low[d], column.mean(), high[d], column.max()
-        dimensions.append(Dimension(space.names[d], space.units[d], *map(float, facts), clipped, kinds[d]))
+        clipped = np.mean((column < low[d]) | (column > high[d])) if normalized[d] else 0.0
+        dimensions.append(
+            Dimension(
+                name=space.names[d],
+                unit=space.units[d],
+                min=float(column.min()),
+                low=float(low[d]),
+                mean=float(column.mean()),
+                high=float(high[d]),
+                max=float(column.max()),
+                clipped=float(clipped),
+                kind=kinds[d],
+            )
+        )
     bad, odd = _ranges(x[finite], dimensions, used, own is not used, space)
     problems += bad
     notes += odd
@@ -199,8 +213,9 @@ def _ranges(
     if constant:
         notes.append(f"constant, so that no token can move them: {', '.join(constant)}")
     gripper = None if space.gripper is None else space.index(space.gripper.dim)
+    normalized = np.asarray(stats.mask)
     for i, d in enumerate(dimensions):
-        if d.kind == "constant" or not stats.mask[i]:
+        if d.kind == "constant" or not normalized[i]:
             continue
         half = (d.high - d.low) / 2
         if half <= 0:
@@ -222,7 +237,7 @@ def _ranges(
             )
         if d.clipped > CLIPPED and given:
             problems.append(f"{d.clipped:.1%} of {d.name!r} lie outside the given statistics: they are of other data")
-    binary = [i for i in range(x.shape[1]) if stats.mask[i] and i != gripper and dimensions[i].kind == "binary"]
+    binary = [i for i in range(x.shape[1]) if normalized[i] and i != gripper and dimensions[i].kind == "binary"]
     if binary:
         values = ", ".join(
             f"{dimensions[i].name} ({dimensions[i].min:.4g} or {dimensions[i].max:.4g})" for i in binary
