@@ -122,6 +122,19 @@ class CheckpointError(VLAActionsError):
     """A checkpoint that is incomplete or does not fit the model."""
 
 
+class HubError(VLAActionsError):
+    """The Hub cannot be reached, or refuses.
+
+    Args:
+        message: what happened, and what to do.
+        status: HTTP status of the answer; None if there was none.
+    """
+
+    def __init__(self, message: str, status: int | None = None):
+        self.status = status
+        super().__init__(message)
+
+
 class SelfTestError(CheckpointError):
     """A policy that does not use its picture or its instruction, found before it moves anything."""
 
