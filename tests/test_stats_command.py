@@ -17,7 +17,7 @@ from hf_vla_actions.actions.compute import (
     relative_columns,
     to_relative,
 )
-from hf_vla_actions.data import LeRobotDataset, LeRobotWriter
+from hf_vla_actions.data import LeRobotDataset, LeRobotWriter, number_stream
 from hf_vla_actions.data.dataset_stats import Request, measure
 from hf_vla_actions.data.number_stream import open_numbers
 from hf_vla_actions.data.stats_command import main
@@ -122,6 +122,17 @@ def test_statistics_of_chunks_are_those_of_every_chunk_by_hand(robot, relative):
     assert (stats.count, found.short) == (len(chunks), 2)
     np.testing.assert_array_equal(stats.quantile([0.01, 0.99]), np.quantile(chunks, [0.01, 0.99], axis=0))
     np.testing.assert_allclose(stats.std, np.std(chunks, axis=0), rtol=1e-12)
+
+
+def test_episodes_that_run_through_several_batches_stay_whole(tmp_path, monkeypatch):
+    path = write(tmp_path / "robot")
+    whole = measure(path, Request(horizon=4), progress=False)
+    monkeypatch.setattr(number_stream, "BATCH", 5)
+    (file,) = path.glob("data/*/*.parquet")
+    pq.write_table(pq.read_table(file), file, row_group_size=1000)
+    again = measure(path, Request(horizon=4), progress=False)
+    assert (again.episodes, again.short, again.rows) == (whole.episodes, whole.short, whole.rows) == (7, 2, 52)
+    assert again.stats["action"].to_dict() == whole.stats["action"].to_dict()
 
 
 def test_compute_norm_stats_of_an_open_dataset(tmp_path):
