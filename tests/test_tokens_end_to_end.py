@@ -59,14 +59,13 @@ def first_actions(vla, dataset):
 
 @pytest.fixture(scope="module")
 def bridge_policies(base, shared, tmp_path_factory):
-    """FAST in full and as an adapter, VQ as an adapter: trained for two steps on real episodes."""
+    """FAST as an adapter and VQ in full, trained for two steps on real episodes."""
     folder = tmp_path_factory.mktemp("bridge")
     bridge = shared / "data/bridge_sample"
     common = [*FEW, *HORIZON, "--cameras", "image_0", "--skip_first", "1", "--eval_fraction", "0.2"]
     for name, kind, more in (
-        ("fast", "fast", []),
         ("fast_lora", "fast", ["--use_peft", "--lora_r", "4"]),
-        ("vq_lora", "vq", ["--use_peft", "--lora_r", "4"]),
+        ("vq", "vq", []),
     ):
         argv = command_line(base, bridge, folder / name)
         assert main([*argv, *common, "--action_tokenizer", kind, *SMALL[kind], *more]) == 0
@@ -75,7 +74,7 @@ def bridge_policies(base, shared, tmp_path_factory):
 
 def test_policies_of_real_episodes_come_back_from_their_folder(bridge_policies, shared):
     dataset = open_dataset(shared / "data/bridge_sample", cameras=["image_0"])
-    for name in ("fast", "fast_lora", "vq_lora"):
+    for name in ("fast_lora", "vq"):
         folder = bridge_policies / name
         one, other = (AutoModelForActionPrediction.from_pretrained(folder, self_test=False) for _ in range(2))
         actions = first_actions(one, dataset)
@@ -84,13 +83,13 @@ def test_policies_of_real_episodes_come_back_from_their_folder(bridge_policies, 
         report = inspect_checkpoint(str(folder))
         assert not report.problems
         metrics = json.loads((folder / "action_metrics.json").read_text())
-        wanted = "eval_malformed_chunks" if name != "vq_lora" else "eval_l1/x"
+        wanted = "eval_malformed_chunks" if name != "vq" else "eval_l1/x"
         assert np.isfinite(metrics[wanted])
         config = one.action_config
         stats = config.stats()
-        assert isinstance(config.tokenizer, VQActionTokenizer if name == "vq_lora" else FASTActionTokenizer)
+        assert isinstance(config.tokenizer, VQActionTokenizer if name == "vq" else FASTActionTokenizer)
         assert stats.mask.tolist() == [True] * 6 + [False]
-        if name != "vq_lora":
+        if name != "vq":
             assert config.tokenizer.scale == 12
             longest = max(map(len, config.encode(np.stack([dataset.actions[:8], dataset.actions[10:18]]))))
             assert longest <= config.max_tokens() < 56
@@ -107,7 +106,7 @@ def test_policies_come_back_from_the_hub(bridge_policies, base, shared, tmp_path
     dataset = open_dataset(shared / "data/bridge_sample", cameras=["image_0"])
     np.save(tmp_path / "picture.npy", np.asarray(dataset.frame(0, dataset.cameras[0])))
     folders = {"me/base": base}
-    for name in ("fast", "fast_lora", "vq_lora"):
+    for name in ("fast_lora", "vq"):
         folders[f"me/{name}"] = tmp_path / name
         shutil.copytree(bridge_policies / name, tmp_path / name)
         adapter = tmp_path / name / "adapter_config.json"
@@ -115,7 +114,7 @@ def test_policies_come_back_from_the_hub(bridge_policies, base, shared, tmp_path
             values = json.loads(adapter.read_text())
             adapter.write_text(json.dumps({**values, "base_model_name_or_path": "me/base"}))
     with LocalHub(folders) as hub:
-        names = ["me/fast", "me/fast_lora", "me/vq_lora"]
+        names = ["me/fast_lora", "me/vq"]
         done = subprocess.run(
             [sys.executable, "-c", ON_THE_HUB, str(tmp_path / "picture.npy"), *names],
             env={**os.environ, **hub.environment(tmp_path / "cache")},
@@ -123,21 +122,19 @@ def test_policies_come_back_from_the_hub(bridge_policies, base, shared, tmp_path
             text=True,
             timeout=300,
             check=False,
-            cwd=tmp_path / "fast",  # a folder of another name than any repository
+            cwd=tmp_path / "vq",  # a folder of another name than any repository
         )
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    for name in ("fast", "fast_lora", "vq_lora"):
+    for name in ("fast_lora", "vq"):
         here = AutoModelForActionPrediction.from_pretrained(bridge_policies / name, self_test=False)
         there = found[f"me/{name}"]
         np.testing.assert_array_equal(there["actions"], first_actions(here, dataset))
         assert there["problems"] == there["cached"] == []
-        assert there["kind"] == ("policy" if name == "fast" else "adapter of a policy")
-    assert [found[f"me/{name}"]["bins"] for name in ("fast", "vq_lora")] == [
-        "FASTActionTokenizer",
-        "VQActionTokenizer",
-    ]
-    for name in ("fast/resolve/main/fast_tokenizer.json", "vq_lora/resolve/main/vq_tokenizer.safetensors"):
+        assert there["kind"] == ("policy" if name == "vq" else "adapter of a policy")
+    bins = [found[f"me/{name}"]["bins"] for name in ("fast_lora", "vq")]
+    assert bins == ["none (FAST at scale 12)", "none (VQ, 4 codes a chunk)"]
+    for name in ("fast_lora/resolve/main/fast_tokenizer.json", "vq/resolve/main/vq_tokenizer.safetensors"):
         assert any(path.endswith(name) for path in hub.asked), name
 
 

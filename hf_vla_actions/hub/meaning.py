@@ -14,7 +14,7 @@ from hf_vla_actions.config import ActionConfig
 from hf_vla_actions.errors import VLAActionsError
 from hf_vla_actions.hub.report import Dataset, Dimension, Tokens
 from hf_vla_actions.hub.source import Header
-from hf_vla_actions.tokenizers import UniformActionTokenizer
+from hf_vla_actions.tokenizers import FASTActionTokenizer, UniformActionTokenizer
 
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight")
 
@@ -23,7 +23,12 @@ def tokens_of(config: ActionConfig) -> Tokens:
     """The action tokens of a policy."""
     ids, end = config.vocabulary.token_ids, config.vocabulary.end_token_id
     tokenizer = config.tokenizer
-    scheme = tokenizer.grid.scheme if isinstance(tokenizer, UniformActionTokenizer) else type(tokenizer).__name__
+    if isinstance(tokenizer, UniformActionTokenizer):
+        scheme = tokenizer.grid.scheme
+    elif isinstance(tokenizer, FASTActionTokenizer):
+        scheme = f"none (FAST at scale {tokenizer.scale:g})"
+    else:
+        scheme = f"none (VQ, {tokenizer.n_tokens} codes a chunk)"
     return Tokens(config.vocabulary.layout, int(ids.size), int(ids.min()), int(ids.max()), end, scheme)
 
 
