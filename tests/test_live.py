@@ -139,8 +139,11 @@ def test_objects_of_another_kind_raise(root):
 def test_pictures_that_were_changed_or_stacked_raise(root):
     live = StandIn(root, tasks=frame_of_tasks(), delta_timestamps={"observation.images.front": [-0.1, 0.0]})
     refusal(lambda: LiveDataset(live).frame(0, "front"), "(2, 3, 32, 48)", "delta_timestamps")
-    live = StandIn(root, tasks=frame_of_tasks(), image_transforms=lambda x: (x - 0.5) / 0.29)
-    refusal(lambda: LiveDataset(live).frame(0, "front"), "front' of episode 0 step 0", "image_transforms")
+    for change in (lambda x: (x - 0.5) / 0.29, lambda x: x * 0.9):
+        live = StandIn(root, tasks=frame_of_tasks(), image_transforms=change)
+        refusal(
+            lambda live=live: LiveDataset(live).frame(9, "front"), "front' of episode 2 step 4", "image_transforms"
+        )
     live = StandIn(root, tasks=frame_of_tasks())
     live.hf_dataset = live.hf_dataset.remove_columns("observation.images.front")
     refusal(lambda: LiveDataset(live).frame(0, "front"), "got None")

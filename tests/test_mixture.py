@@ -61,6 +61,17 @@ def test_a_draw_depends_on_seed_and_position_alone(chunks, seed, positions):
     assert [int(fresh.draw(np.array([p]))[0]) for p in positions] == in_order[positions].tolist()
 
 
+def test_every_pass_is_shuffled_anew(chunks):
+    mixture = MixtureDataset([(chunks["large"], 1)])
+    passes = [mixture.draw(np.arange(start, start + 23)).tolist() for start in (0, 23, 46)]
+    assert all(sorted(one) == list(range(23)) for one in passes)
+    assert len({tuple(one) for one in [*passes, range(23)]}) == 4
+    # In a mixture, blocks are shuffled too: there the order of one part alone tells.
+    draws = mixture_of(chunks, samples=69).draw(np.arange(69 * 4)).tolist()
+    walk = [place for part, place in map(mixture_of(chunks).locate, draws) if part == 1]
+    assert walk[:23] != walk[23:46]
+
+
 def test_seeds_and_blocks_differ(chunks):
     mixture = mixture_of(chunks, samples=60)
     first, second = mixture.draw(np.arange(60)), mixture.draw(np.arange(60, 120))
