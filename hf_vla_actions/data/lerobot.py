@@ -38,12 +38,8 @@ class LeRobotDataset(LeRobotFolder):
         DatasetError: the folder is absent, of another version, incomplete, corrupt, or lacks what was asked for.
     """
 
-    def _check_version(self, version: str) -> None:
-        if not re.match(r"v?3(\.|$)", version):
-            raise DatasetError(
-                f"{self.root} is a LeRobotDataset {version}, this class reads v3.0: open it with "
-                f"hf_vla_actions.data.open_dataset, which finds the right reader"
-            )
+    reads = "v3.0"
+    versions = re.compile(r"v?3(\..*)?")
 
     def _picture(self, row: int, camera: str) -> Image.Image:
         if self.info["features"][camera]["dtype"] == "video":

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import abc
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -116,7 +117,12 @@ class LeRobotFolder(LeRobotReader):
     Attributes:
         info: `meta/info.json` as it is.
         files: where the files lie.
+        reads: the versions that the class reads, in words.
+        versions: the same as a pattern.
     """
+
+    reads: ClassVar[str]
+    versions: ClassVar[re.Pattern[str]]
 
     def __init__(
         self,
@@ -131,7 +137,12 @@ class LeRobotFolder(LeRobotReader):
         self.files = path if isinstance(path, Files) else Files(path)
         self.root, self.name = self.files.root, self.files.name
         self.info = read_info(self.root)
-        self._check_version(str(self.info["codebase_version"]))
+        version = str(self.info["codebase_version"])
+        if not self.versions.fullmatch(version):
+            raise DatasetError(
+                f"{self.root} is a LeRobotDataset {version}, this class reads {self.reads}: open it with "
+                "hf_vla_actions.data.open_dataset, which finds the right reader"
+            )
         self.fps = float(self.info["fps"])
         self.robot_type = self.info.get("robot_type")
         self._choose_features(self.info["features"], action_key, state_key)
@@ -145,10 +156,6 @@ class LeRobotFolder(LeRobotReader):
                 f"its episodes have {n_rows}"
             )
         self._take(parts, stops, self._read_texts)
-
-    @abc.abstractmethod
-    def _check_version(self, version: str) -> None:
-        """Refuse a version that this class does not read."""
 
     @abc.abstractmethod
     def _read_episodes(self) -> list[int]:

@@ -39,12 +39,8 @@ class LeRobotV2Dataset(LeRobotFolder):
         DatasetError: the folder is absent, of another version, incomplete, corrupt, or lacks what was asked for.
     """
 
-    def _check_version(self, version: str) -> None:
-        if not re.fullmatch(r"v?2\.[01](\.\d+)?", version):
-            raise DatasetError(
-                f"{self.root} is a LeRobotDataset {version}, this class reads v2.0 and v2.1: open it with "
-                "hf_vla_actions.data.open_dataset, which finds the right reader"
-            )
+    reads = "v2.0 and v2.1"
+    versions = re.compile(r"v?2\.[01](\.\d+)?")
 
     def _read_episodes(self) -> list[int]:
         path = self.files.local("meta/episodes.jsonl")
