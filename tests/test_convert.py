@@ -205,6 +205,11 @@ def test_only_what_is_needed_is_asked_for():
     base = np.eye(4)
     base[:3, :3] = [[0, -1, 0], [1, 0, 0], [0, 0, 1]]
     np.testing.assert_allclose(composed.convert(CHUNK, in_world, base=base)[..., 0], -CHUNK[..., 1], atol=1e-15)
+    np.testing.assert_allclose(
+        in_world.convert(composed.convert(CHUNK, in_world, base=base), composed, base=base), CHUNK
+    )
+    one_step = replace_space(BRIDGE, anchor=None).convert(CHUNK[:, :1], ROBOT, STATE)
+    assert (one_step == BRIDGE.convert(CHUNK[:, :1], ROBOT, STATE)).all(), "one step has one reference"
     chunked = replace_space(BRIDGE, anchor="chunk")
     np.testing.assert_allclose(BRIDGE.convert(CHUNK, chunked)[..., :6], np.cumsum(CHUNK, axis=1)[..., :6], atol=1e-15)
 
@@ -323,6 +328,15 @@ REFUSALS = {
     "mixed kinds, other anchor": (
         replace_space(BRIDGE, delta=(True, True, False, True, True, True, False)),
         replace_space(BRIDGE, delta=(True, True, False, True, True, True, False), anchor="chunk"), {}, "say delta=",
+    ),
+    "other mixed kinds": (
+        replace_space(BRIDGE, delta=(True, True, False, True, True, True, False)),
+        replace_space(BRIDGE, delta=(False, True, True, True, True, True, False)), {"state": STATE}, "say delta=",
+    ),
+    "unsaid absolute rotation in the tool": (
+        replace_space(TCP, pose=None, delta=(True,) * 3 + (False,) * 4),
+        replace_space(TCP, pose=None, delta=(True,) * 3 + (False,) * 4, anchor="chunk"),
+        {"state": STATE}, "rotation of the source is in the frame 'tcp' but no change",
     ),
     "unsaid kinds, other anchor": (
         replace_space(BRIDGE, delta=None), replace_space(BRIDGE, delta=None, anchor="chunk"), {}, "say delta=",
