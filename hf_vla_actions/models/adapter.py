@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 from pathlib import Path
 from typing import Any
+
+from transformers.utils import cached_file
 
 from hf_vla_actions.actions import NormStats
 from hf_vla_actions.actions.norm_stats import FILE_NAME as STATISTICS_FILE
 from hf_vla_actions.errors import CheckpointError
 from hf_vla_actions.models.families import OPENVLA_TYPE
+from hf_vla_actions.models.push_up import push_up
+
+logger = logging.getLogger(__name__)
+
+QUANTIZATION_FILE = "adapter_quantization.json"
 
 
 def save_adapter(model, folder: str | Path, **kwargs: Any) -> None:
@@ -38,10 +46,31 @@ def save_adapter(model, folder: str | Path, **kwargs: Any) -> None:
     PeftModel.save_pretrained(model, str(folder), **{"save_embedding_layers": False, **kwargs})
     policy.processor.save_pretrained(folder)
     policy.action_config.save_pretrained(folder)
+    _save_quantization(policy, Path(folder) / QUANTIZATION_FILE)
     if policy.config.model_type == OPENVLA_TYPE:
         # Where the original's readers look for them; its config.json stays with the base.
         share_statistics(policy)
         (Path(folder) / STATISTICS_FILE).write_text(json.dumps(policy.config.norm_stats, indent=1), encoding="utf-8")
+
+
+def _save_quantization(policy, file: Path) -> None:
+    """Say beside an adapter on what kind of weights it was trained; PEFT does not."""
+    values = policy.config.to_dict().get("quantization_config")
+    if values is None:
+        file.unlink(missing_ok=True)
+    else:
+        file.write_text(json.dumps(values, indent=1, default=str), encoding="utf-8")
+
+
+def quantization_of_adapter(folder: str | Path, **hub: Any) -> dict[str, Any] | None:
+    """The `quantization_config` of the base that an adapter was trained on; None for weights as they are.
+
+    Args:
+        folder: adapter folder or repository id.
+        hub: `revision`, `token`, `cache_dir`, ... of the repository.
+    """
+    file = cached_file(str(folder), QUANTIZATION_FILE, _raise_exceptions_for_missing_entries=False, **hub)
+    return None if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
 
 
 def share_statistics(policy) -> None:
@@ -62,9 +91,10 @@ def share_statistics(policy) -> None:
 
 
 def save_whole_adapter(model) -> Any:
-    """Let a PEFT model save, as `model.save_pretrained(folder)`, all that its policy needs; returns it."""
+    """Let a PEFT model save and publish (`save_pretrained`, `push_to_hub`) all that its policy needs; returns it."""
     # PEFT's own would leave the action config and the processor out, without a word.
     model.save_pretrained = functools.partial(save_adapter, model)
+    model.push_to_hub = functools.partial(push_up, model)
     return model
 
 
@@ -112,6 +142,15 @@ def load_adapter(policy, folder: str | Path, **kwargs: Any):
         raise CheckpointError(
             f"the adapter in {folder} does not fit its base model: {len(there - saved)} weights are missing "
             f"(such as {sorted(there - saved)[:2]}), {len(saved - there)} are left over ({sorted(saved - there)[:2]})"
+        )
+    trained_on = quantization_of_adapter(folder, **kwargs)
+    if trained_on is not None and policy.config.to_dict().get("quantization_config") is None:
+        logger.warning(
+            "the adapter in %s was trained on a %s base and now runs on whole weights, which differ a little: pass "
+            "quantization_config=BitsAndBytesConfig(...) as in its %s for the policy that was trained",
+            folder,
+            "4-bit" if trained_on.get("load_in_4bit") else "quantized",
+            QUANTIZATION_FILE,
         )
     if policy.config.model_type == OPENVLA_TYPE and policy.processor is not None:
         share_statistics(policy)  # the base knows its own datasets only, and a merged model would be saved like that

@@ -16,6 +16,7 @@ from hf_vla_actions.train.arguments import (
     ModelArguments,
     VLATrainingArguments,
 )
+from hf_vla_actions.train.lora import quantized_loading
 from hf_vla_actions.train.recipes import asked_recipe, log_differences
 from hf_vla_actions.train.run import fine_tune, prepare_output
 from hf_vla_actions.train.setup import chunk_datasets, load_policy, open_dataset
@@ -74,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
         raise TrainingError("output_dir is the folder of the model itself; train into another one")
     dataset = open_dataset(data_args)
     model_args.dtype = model_args.dtype or ("auto" if lora_args.use_peft else "float32")
-    policy, key = load_policy(model_args, data_args, dataset, args.seed)
+    policy, key = load_policy(model_args, data_args, dataset, args.seed, **quantized_loading(lora_args, args))
     train_dataset, eval_dataset = chunk_datasets(dataset, data_args, policy.action_config.horizon, args.seed)
     fine_tune(policy, train_dataset, args, lora=lora_args, eval_dataset=eval_dataset, unnorm_key=key)
     return 0

@@ -195,6 +195,38 @@ class LoraArguments:
             "among --lora_target_modules, or be trained already."
         },
     )
+    lora_rslora: bool = field(
+        default=False,
+        metadata={
+            "help": "Scale the adapter by alpha / sqrt(r) (rsLoRA), so that large ranks learn as fast as small."
+        },
+    )
+    lora_dora: bool = field(
+        default=False,
+        metadata={"help": "Train the lengths of the weights' rows apart from their directions (DoRA). Slower."},
+    )
+    load_in_4bit: bool = field(
+        default=False,
+        metadata={
+            "help": "Train the adapter on 4-bit weights (QLoRA: NF4, double quantization; needs bitsandbytes). Embeddings "
+            "and the output layer keep their precision. `hf-vla merge` asks into which weights the adapter shall go."
+        },
+    )
+
+    def __post_init__(self):
+        if self.lora_r < 1:
+            raise TrainingError(f"lora_r is a rank of at least 1, got {self.lora_r}")
+        if not 0 <= self.lora_dropout < 1:
+            raise TrainingError(f"lora_dropout is a share from 0 to below 1, got {self.lora_dropout}")
+        if not self.use_peft:
+            wants = [name for name in ("lora_rslora", "lora_dora", "load_in_4bit") if getattr(self, name)]
+            if wants:
+                why = (
+                    "4-bit weights cannot be trained themselves"
+                    if wants == ["load_in_4bit"]
+                    else "there is no adapter"
+                )
+                raise TrainingError(f"{', '.join('--' + name for name in wants)} without --use_peft: {why}")
 
 
 @dataclass
@@ -207,6 +239,20 @@ class VLATrainingArguments(TrainingArguments):
     )
     freeze_vision: bool = field(
         default=False, metadata={"help": "In full fine-tuning, keep the vision tower and the projector as they are."}
+    )
+    freeze_language_model: bool = field(
+        default=False,
+        metadata={
+            "help": "In full fine-tuning, keep the layers of the language model as they are; embeddings, output layer, "
+            "vision tower and projector are trained unless frozen too."
+        },
+    )
+    freeze_text_embeddings: bool = field(
+        default=False,
+        metadata={
+            "help": "In full fine-tuning, keep the input and output embeddings as they are, but for the rows of the "
+            "action tokens."
+        },
     )
     taco_loss_weight: float = field(
         default=0.0,

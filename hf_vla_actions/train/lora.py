@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import os
+from importlib.util import find_spec
 from typing import Any
 
+import torch
 from torch import nn
+from transformers import BitsAndBytesConfig
+from transformers.hf_argparser import string_to_bool
 
 from hf_vla_actions.errors import TrainingError
 from hf_vla_actions.models.adapter import save_whole_adapter
 from hf_vla_actions.models.families import family_of
-from hf_vla_actions.train.arguments import LoraArguments
+from hf_vla_actions.train.arguments import LoraArguments, VLATrainingArguments
 
 
-def add_lora(policy, args: LoraArguments) -> Any:
+def add_lora(policy, args: LoraArguments, *, reentrant: bool = False) -> Any:
     """Return a PeftModel around a policy.
 
     The rows of the action tokens are trained in the input AND the output embeddings: an adapter that only knew the
@@ -21,7 +26,13 @@ def add_lora(policy, args: LoraArguments) -> Any:
 
     Args:
         policy: model made by `to_vla`.
-        args: rank, alpha, dropout and targets.
+        args: rank, alpha, dropout and targets; rsLoRA (arXiv 2312.03732) and DoRA (arXiv 2402.09353).
+        reentrant: activations are checkpointed with `use_reentrant=True`. Then a layer whose inputs need no gradient
+            gives none to its adapter either, so the embeddings' outputs are made to need one.
+
+    All else is frozen by PEFT, on 4-bit weights too. PEFT's `prepare_model_for_kbit_training` is left out: it would
+    make the embeddings and the output layer float32 for good, and turn on checkpointing that nobody asked for. What is
+    trained is float32 anyway.
 
     Raises:
         TrainingError: no layer fits the targets, or rows would be trained twice.
@@ -48,18 +59,56 @@ def add_lora(policy, args: LoraArguments) -> Any:
             exclude_modules=exclude,
             trainable_token_indices=rows,
             init_lora_weights=args.lora_init or True,  # type: ignore[arg-type]
+            use_rslora=args.lora_rslora,
+            use_dora=args.lora_dora,
         )
+        if reentrant:
+            policy.enable_input_require_grads()
         return save_whole_adapter(get_peft_model(policy, config))
     except ValueError as error:
         raise TrainingError(f"no LoRA adapter can be made: {error}") from None
 
 
-def freeze_vision(policy) -> None:
-    """Keep the vision tower and the projector of a policy as they are."""
-    vision = family_of(policy.config).vision_modules
-    for name, parameter in policy.named_parameters():
-        if any(part in vision for part in name.split(".")):
-            parameter.requires_grad_(False)
+def quantization_of(args: LoraArguments, compute_dtype: torch.dtype = torch.float32) -> BitsAndBytesConfig | None:
+    """How the frozen weights are loaded: 4-bit as in QLoRA (arXiv 2305.14314), or None for as they are.
+
+    All linear layers but the output layer become NF4 with double quantization, the vision tower's too: OpenVLA lost no
+    success in 4 bits (arXiv 2406.09246, table 2).
+
+    Args:
+        args: `load_in_4bit`.
+        compute_dtype: what weights become where they are multiplied.
+
+    Raises:
+        TrainingError: bitsandbytes is missing, or weights would be cut over processes.
+    """
+    if not args.load_in_4bit:
+        return None
+    if find_spec("bitsandbytes") is None:
+        raise TrainingError("--load_in_4bit needs the package bitsandbytes: pip install bitsandbytes")
+    if cuts_weights():
+        raise TrainingError(
+            "--load_in_4bit keeps whole weights on every device, FSDP and DeepSpeed cut them: leave one of them out"
+        )
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype,
+    )
+
+
+def quantized_loading(lora: LoraArguments, args: VLATrainingArguments) -> dict[str, Any]:
+    """Arguments of `from_pretrained` for what `--load_in_4bit` asks for; none without it."""
+    computed = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+    quantization = quantization_of(lora, computed)
+    # Quantized weights stay where they are loaded, so each process needs them on its own device from the start.
+    return {} if quantization is None else {"quantization_config": quantization, "device_map": {"": str(args.device)}}
+
+
+def cuts_weights() -> bool:
+    """Whether `accelerate launch` was told to divide the weights among processes."""
+    return any(string_to_bool(os.environ.get(f"ACCELERATE_USE_{name}", "false")) for name in ("FSDP", "DEEPSPEED"))
 
 
 def _name_of(model: nn.Module, layer: nn.Module) -> str:

@@ -16,7 +16,8 @@ from hf_vla_actions.config import ActionConfig
 from hf_vla_actions.errors import TrainingError
 from hf_vla_actions.models.families import OPENVLA_TYPE
 from hf_vla_actions.train.arguments import LoraArguments, VLATrainingArguments
-from hf_vla_actions.train.lora import add_lora, freeze_vision
+from hf_vla_actions.train.freeze import Frozen, freeze_parts
+from hf_vla_actions.train.lora import add_lora
 from hf_vla_actions.train.trainer import VLATrainer, taco_loss_of
 
 TRAIN_SAMPLE = 64
@@ -61,9 +62,11 @@ def fine_tune(
         _remove_old_run(Path(str(args.output_dir)))
     model = policy
     if lora is not None and lora.use_peft:
-        model = add_lora(policy, lora)
-    elif args.freeze_vision:
-        freeze_vision(policy)
+        checkpointing = args.gradient_checkpointing_kwargs or {}
+        model = add_lora(policy, lora, reentrant=checkpointing.get("use_reentrant", False))
+    else:
+        frozen = Frozen(args.freeze_vision, args.freeze_language_model, args.freeze_text_embeddings)
+        freeze_parts(policy, frozen, weight_decay=args.weight_decay)
     if policy.config.model_type == OPENVLA_TYPE and args.ddp_find_unused_parameters is None:
         # Some of its weights never run (a tower's last block, SigLIP's pooling), and without this several processes
         # would wait for their gradients. Trainer turns it off where activations are checkpointed.

@@ -149,12 +149,19 @@ def stats_of(dataset: EpisodeReader, space: ActionSpace, episodes: list[int], mo
 
 
 def load_policy(
-    model_args: ModelArguments, data_args: DataArguments, dataset: EpisodeReader, seed: int
+    model_args: ModelArguments, data_args: DataArguments, dataset: EpisodeReader, seed: int, **load_options: Any
 ) -> tuple[Any, str]:
     """Load the model and make it a policy for the dataset; return it with its `unnorm_key`.
 
     A checkpoint of a policy keeps its action tokens, prompt and horizon, and gains the statistics of the dataset. So
     does a checkpoint of the original OpenVLA, where all of it follows from its `config.json`.
+
+    Args:
+        model_args: what to load.
+        data_args: what its numbers mean.
+        dataset: the dataset.
+        seed: of the split into episodes.
+        load_options: for the model's `from_pretrained`, such as those of `train.lora.quantized_loading`.
 
     Raises:
         TrainingError: options contradict each other, the dataset or the checkpoint.
@@ -171,7 +178,7 @@ def load_policy(
     else:
         check_tokens(model_args, data_args)
         action_tokenizer = action_tokenizer_of(model_args, data_args, dataset, parts, space, entry["action"], seed)
-    options = {"dtype": model_args.dtype or "float32"}
+    options = {"dtype": model_args.dtype or "float32", **load_options}
     if model_args.attn_implementation:
         options["attn_implementation"] = model_args.attn_implementation
     model, processor = load_model(model_args.model_name_or_path, **options)

@@ -1,0 +1,75 @@
+"""Full fine-tuning with parts of the policy frozen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from hf_vla_actions.errors import TrainingError
+from hf_vla_actions.models.families import family_of
+from hf_vla_actions.train.lora import cuts_weights
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """What stays as it is.
+
+    Args:
+        vision: the vision tower and the projector.
+        language_model: the layers of the language model; its embeddings are a part of their own.
+        text_embeddings: all rows of the input and output embeddings but those of the action tokens, to the bit.
+
+    RoboVLMs trains with such switches for vision and text embedding (arXiv 2412.14058).
+    """
+
+    vision: bool = False
+    language_model: bool = False
+    text_embeddings: bool = False
+
+
+def freeze_parts(policy, frozen: Frozen, *, weight_decay: float = 0.0) -> None:
+    """Freeze parts of a policy in place.
+
+    Args:
+        policy: model made by `to_vla`.
+        frozen: which.
+        weight_decay: of the optimizer. It would shrink frozen rows, which lie in one tensor with those that are trained.
+
+    Raises:
+        TrainingError: rows cannot be frozen under these options.
+    """
+    embeddings = [policy.get_input_embeddings(), policy.get_output_embeddings()]
+    rows = {id(p) for layer in embeddings for p in layer.parameters()}
+    vision = family_of(policy.config).vision_modules
+    for name, parameter in policy.named_parameters():
+        in_vision = any(part in vision for part in name.split("."))
+        if id(parameter) in rows:
+            continue
+        if frozen.vision if in_vision else frozen.language_model:
+            parameter.requires_grad_(False)
+    if frozen.text_embeddings:
+        _freeze_rows(policy, embeddings, weight_decay)
+
+
+def _freeze_rows(policy, embeddings, weight_decay: float) -> None:
+    if weight_decay:
+        raise TrainingError(
+            f"--freeze_text_embeddings with --weight_decay {weight_decay:g}: the decay would shrink the frozen rows, "
+            "which share a matrix with those of the action tokens. Leave one of them out"
+        )
+    if cuts_weights():
+        raise TrainingError(
+            "--freeze_text_embeddings needs whole embedding matrices, FSDP and DeepSpeed cut them: leave one of them out"
+        )
+    ids = torch.tensor(policy.action_config.vocabulary.token_ids.reshape(-1).tolist())
+    for parameter in {id(p): p for layer in embeddings for p in layer.parameters()}.values():
+        # Adam moves a number whose gradient was always zero by exactly zero.
+        parameter.register_hook(lambda gradient: _only(gradient, ids))
+
+
+def _only(gradient: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    kept = torch.zeros_like(gradient)
+    ids = ids.to(gradient.device)
+    kept[ids] = gradient[ids]
+    return kept
