@@ -26,6 +26,8 @@ COMMANDS = {
     "predict": ("hf_vla_actions.models.predict", "print the action of a policy for one frame, free and constrained"),
     "stats": ("hf_vla_actions.data.stats_command", "true quantiles of robot data, in parts if you like"),
     "inspect": ("hf_vla_actions.hub.inspect", "what is in a checkpoint, and whether it is safe to run"),
+    "card": ("hf_vla_actions.hub.card", "write the model card of a policy from what its folder says"),
+    "push": ("hf_vla_actions.hub.push", "publish a policy or an adapter on the Hub, checked first, in one commit"),
     "convert-stats": (
         "hf_vla_actions.actions.formats_command",
         "statistics from one format of the field to another, with what they mean",

@@ -8,6 +8,7 @@ import os
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -328,6 +329,10 @@ class ActionConfig:
         temporary.write_text(json.dumps(self.to_dict(), indent=1), encoding="utf-8")
         os.replace(temporary, path)
         return path
+
+    def push_to_hub(self, repo_id: str, **options) -> str:
+        """Publish it alone; options (`private`, `revision`, ...) and errors are those of `hub.push.push_action_config`."""
+        return import_module("hf_vla_actions.hub.push").push_action_config(self, repo_id, **options)
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike, **hub_arguments) -> ActionConfig:

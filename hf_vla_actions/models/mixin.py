@@ -33,6 +33,7 @@ from hf_vla_actions.models.generation import (
 )
 from hf_vla_actions.models.output import ActionOutput, commanded
 from hf_vla_actions.models.prompts import PromptBuilder
+from hf_vla_actions.models.push_up import push_up
 from hf_vla_actions.models.shim import remove_shim, shim_in_config, write_shim
 from hf_vla_actions.models.whole_chunks import predict_whole_chunks
 from hf_vla_actions.runtime import ChunkPolicy, remembered
@@ -335,3 +336,21 @@ class ActionPredictionMixin:
             super().save_pretrained(  # type: ignore[misc]
                 save_directory, is_main_process=is_main_process, **kwargs
             )
+
+    def push_to_hub(self, repo_id: str, **options):
+        """Publish the policy with processor, `action_config.json`, action tokenizer and card, in one commit.
+
+        Args:
+            repo_id: owner/name; created if it is missing.
+            options: `private`, `revision`, `commit_message`, `create_pr`, `token`, `max_shard_size`, `remote_code_shim` as
+                in Transformers and `save_pretrained`; `dry_run`; `records` (folder of the training, whose metrics and
+                recipe go along); `license`, `base_model`, `datasets` and `name` for the card.
+
+        Returns:
+            `hub.push.PushReport`.
+
+        Raises:
+            HubError: no token, no permission or no network. Nothing is visible then, and it can be run again.
+            CheckpointError: something speaks against running it; `hf-vla inspect` says the same of a saved policy.
+        """
+        return push_up(self, repo_id, **options)
