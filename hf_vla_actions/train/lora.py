@@ -17,7 +17,7 @@ from hf_vla_actions.models.families import family_of
 from hf_vla_actions.train.arguments import LoraArguments, VLATrainingArguments
 
 
-def add_lora(policy, args: LoraArguments, *, reentrant: bool = False) -> Any:
+def add_lora(policy, args: LoraArguments) -> Any:
     """Return a PeftModel around a policy.
 
     The rows of the action tokens are trained in the input AND the output embeddings: an adapter that only knew the
@@ -27,8 +27,6 @@ def add_lora(policy, args: LoraArguments, *, reentrant: bool = False) -> Any:
     Args:
         policy: model made by `to_vla`.
         args: rank, alpha, dropout and targets; rsLoRA (arXiv 2312.03732) and DoRA (arXiv 2402.09353).
-        reentrant: activations are checkpointed with `use_reentrant=True`. Then a layer whose inputs need no gradient
-            gives none to its adapter either, so the embeddings' outputs are made to need one.
 
     All else is frozen by PEFT, on 4-bit weights too. PEFT's `prepare_model_for_kbit_training` is left out: it would
     make the embeddings and the output layer float32 for good, and turn on checkpointing that nobody asked for. What is
@@ -62,8 +60,6 @@ def add_lora(policy, args: LoraArguments, *, reentrant: bool = False) -> Any:
             use_rslora=args.lora_rslora,
             use_dora=args.lora_dora,
         )
-        if reentrant:
-            policy.enable_input_require_grads()
         return save_whole_adapter(get_peft_model(policy, config))
     except ValueError as error:
         raise TrainingError(f"no LoRA adapter can be made: {error}") from None

@@ -62,8 +62,7 @@ def fine_tune(
         _remove_old_run(Path(str(args.output_dir)))
     model = policy
     if lora is not None and lora.use_peft:
-        checkpointing = args.gradient_checkpointing_kwargs or {}
-        model = add_lora(policy, lora, reentrant=checkpointing.get("use_reentrant", False))
+        model = add_lora(policy, lora)
     else:
         frozen = Frozen(args.freeze_vision, args.freeze_language_model, args.freeze_text_embeddings)
         freeze_parts(policy, frozen, weight_decay=args.weight_decay)
