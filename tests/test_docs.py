@@ -1,4 +1,4 @@
-"""Everything that docs/constraints.md and docs/spaces.md show is executed, and their links lead somewhere."""
+"""Everything that the pages of docs/ show is executed, and their links lead somewhere."""
 
 import re
 import shlex
@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from test_train import write_dataset
 from tiny import picture, sharpen, tiny_llava
 
 from hf_vla_actions import constraints
+from hf_vla_actions.actions.formats import FORMATS
+from hf_vla_actions.cli import main
 from hf_vla_actions.constraints.text import TYPES, parse_constraints
 from hf_vla_actions.decoding.report import FIELDS
 from hf_vla_actions.models.generation import MODES
@@ -18,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs/constraints.md"
 TEXT = PAGE.read_text()
 SPACES = ROOT / "docs/spaces.md"
+DATA = ROOT / "docs/data.md"
 
 
 def blocks(language):
@@ -77,7 +81,30 @@ def test_page_of_spaces_runs_and_prints_what_it_says(capsys):
     assert names["commands"].shape == (2, 8, 8)
 
 
-@pytest.mark.parametrize("page", [PAGE, SPACES], ids=lambda page: page.stem)
+def test_page_of_data_runs_commands_and_code_in_its_order(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_dataset(tmp_path / "my_robot", steps=12)
+    names = {}
+    for language, block in re.findall(r"```(python|bash)\n(.*?)```", DATA.read_text(), flags=re.DOTALL):
+        if language == "python":
+            exec(compile(block, "data.md", "exec"), names)
+            continue
+        for line in block.splitlines():
+            assert main(shlex.split(line)[1:]) == 0, capsys.readouterr().err
+    assert names["item"]["actions"].shape == (8, 7)
+    assert len(list(names["loader"])) == len(names["mixture"]) // 2
+    made = {path.name for path in tmp_path.iterdir()}
+    assert {"numbers.png", "dataset_statistics.json", "merged.json", "norm_stats.json"} <= made
+    assert (tmp_path / "merged.json").read_bytes() == (tmp_path / "dataset_statistics.json").read_bytes()
+
+
+def test_page_of_data_leaves_out_no_format():
+    table = DATA.read_text().split("## Formats")[1]
+    for name in FORMATS:
+        assert f"`{name}`" in table or name == "lingbot", name
+
+
+@pytest.mark.parametrize("page", [PAGE, SPACES, DATA], ids=lambda page: page.stem)
 def test_links_exist(page):
     text = page.read_text()
     for target in re.findall(r"\]\(([^)]+)\)", text):
