@@ -10,10 +10,11 @@ import openvla_golden as og
 import pytest
 from PIL import Image
 from test_openvla_oft_components import write_original
+from test_train import write_dataset
 from tiny import picture, save_native_llava, sharpen, tiny_llava
 from transformers import HfArgumentParser
 
-from hf_vla_actions.cli import COMMANDS
+from hf_vla_actions.cli import COMMANDS, main
 from hf_vla_actions.hub.inspect import parser as inspect_parser
 from hf_vla_actions.models.openvla.oft_config import PRESETS
 from hf_vla_actions.models.predict import parser as predict_parser
@@ -61,6 +62,7 @@ def test_python_blocks_run_one_after_the_other(place, monkeypatch):
     obs = {"images": picture(1), "instruction": "move to the red block"}
     assert abs(names["policy"](obs)[2]) <= 0.01
     assert names["action"].shape == (7,)
+    assert names["commands"].tolist() == [[0, 10, -1]]
     assert names["chunk"].shape == (8, 7)
     assert abs(names["chunk"][:, 0]).max() <= 0.5
     assert names["vla"].action_config.space().names == ("x", "y", "gripper")
@@ -104,10 +106,21 @@ def test_predict_command_has_options_that_exist():
 
 
 def test_inspect_command_and_recipes_exist():
-    (line,) = [line for line in commands() if line.startswith("hf-vla inspect")]
+    (line,) = [line for line in commands() if line.startswith("hf-vla inspect openvla")]
     assert inspect_parser().parse_args(line.split()[2:]).checkpoint == "openvla/openvla-7b"
     shown = set(re.findall(r"--recipe ([a-z-]+)", README))
     assert shown == set(RECIPES)
+
+
+def test_commands_about_data_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_dataset(tmp_path / "my_robot")
+    lines = [line for line in commands() if line.startswith("hf-vla") and ("./my_robot" in line or "stats" in line)]
+    lines = [line for line in lines if "--policy" not in line and "train" not in line and "fit" not in line]
+    assert [line.split()[1] for line in lines] == ["inspect", "stats", "convert-stats"]
+    for line in lines:
+        assert main(line.split()[1:]) == 0, capsys.readouterr().err
+    assert (tmp_path / "norm_stats.json").is_file()
 
 
 def test_set_up_is_two_lines_and_ci_runs_the_second():
