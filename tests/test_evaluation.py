@@ -13,8 +13,8 @@ from hf_vla_actions import (
     UniformActionTokenizer,
     VQActionTokenizer,
 )
-from hf_vla_actions.train.collator import IGNORED
-from hf_vla_actions.train.evaluation import ids_by_place, metrics_of
+from hf_vla_actions.evaluate.teacher_forced import ids_by_place, metrics_of
+from hf_vla_actions.models.collator import IGNORED
 
 HORIZON, DOF = 4, 7
 

@@ -15,6 +15,7 @@ from hf_vla_actions.config import DEFAULT_PROMPT, ActionConfig, check_source
 from hf_vla_actions.config import FILE_NAME as ACTION_CONFIG_FILE
 from hf_vla_actions.data import ChunkDataset, EpisodeReader, TransformedDataset
 from hf_vla_actions.data import open_dataset as open_path
+from hf_vla_actions.data.split import split_episodes as split_episodes
 from hf_vla_actions.errors import CheckpointError, TrainingError
 from hf_vla_actions.models import load_model, to_vla
 from hf_vla_actions.models.adapter import share_statistics
@@ -42,20 +43,6 @@ logger = logging.getLogger(__name__)
 def open_dataset(args: DataArguments) -> EpisodeReader:
     """Open the dataset that the options name."""
     return open_path(args.dataset, cameras=args.cameras, action_key=args.action_key, transform=args.transform)
-
-
-def split_episodes(dataset: EpisodeReader, eval_fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    """Episodes to train on and to hold out; whole episodes, chosen by the seed."""
-    if not 0.0 <= eval_fraction < 1.0:
-        raise TrainingError(f"eval_fraction is a share from 0 to below 1, got {eval_fraction}")
-    indices = np.array([episode.index for episode in dataset.episodes])
-    n_held_out = int(np.ceil(eval_fraction * len(indices)))
-    if n_held_out >= len(indices):
-        raise TrainingError(
-            f"eval_fraction={eval_fraction} holds out all {len(indices)} episodes; nothing is left to train on"
-        )
-    shuffled = np.random.default_rng(seed).permutation(indices)
-    return sorted(shuffled[n_held_out:].tolist()), sorted(shuffled[:n_held_out].tolist())
 
 
 def chunk_datasets(dataset: EpisodeReader, args: DataArguments, horizon: int, seed: int):

@@ -12,10 +12,10 @@ from hf_vla_actions.config import ActionConfig
 from hf_vla_actions.constraints.text import parse_constraints
 from hf_vla_actions.decoding import TACOLoss
 from hf_vla_actions.errors import TrainingError
+from hf_vla_actions.evaluate.teacher_forced import ids_by_place, metrics_of
 from hf_vla_actions.models import ActionPredictionMixin, load_model, save_adapter
 from hf_vla_actions.train.arguments import VLATrainingArguments
 from hf_vla_actions.train.collator import IGNORED, ActionCollator, action_loss
-from hf_vla_actions.train.evaluation import ids_by_place, metrics_of
 
 
 class VLATrainer(Trainer):

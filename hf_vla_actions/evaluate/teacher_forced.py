@@ -12,8 +12,8 @@ import numpy as np
 from hf_vla_actions.config import ActionConfig
 from hf_vla_actions.errors import ActionTokenError
 from hf_vla_actions.metrics import action_metrics, gripper_accuracy, token_accuracy
+from hf_vla_actions.models.collator import IGNORED
 from hf_vla_actions.tokenizers import FASTActionTokenizer, VQActionTokenizer
-from hf_vla_actions.train.collator import IGNORED
 
 
 def ids_by_place(config: ActionConfig, unnorm_key: str) -> np.ndarray:
