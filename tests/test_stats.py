@@ -1,10 +1,13 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from hf_vla_actions.actions import ActionStats, RunningStats
+from hf_vla_actions.actions import ActionStats, NormStats, RunningStats
+from hf_vla_actions.actions.stats import VECTORS
 from hf_vla_actions.errors import StatsError
 
 finite = st.floats(-1e3, 1e3, allow_nan=False)
@@ -194,3 +197,40 @@ def test_more_than_a_million_rows_in_memory_stay_exact():
     np.testing.assert_array_equal([stats.q01, stats.q99], np.quantile(rows, [0.01, 0.99], axis=0))
     with pytest.raises(StatsError, match="know their rows"):
         stats.merge(stats)
+
+
+def test_statistics_that_differ_by_rounding_alone_are_close():
+    rows = np.random.default_rng(0).normal(size=(500, 3)) * [1.0, 1e-3, 1e3]
+    stats = ActionStats.compute(rows - rows.mean(axis=0), mask=[True, True, False])  # means are rounding alone
+
+    def changed(name, by):
+        vector = np.array(getattr(stats, name))
+        vector[1] += by * np.abs(rows[:, 1]).max()
+        return replace(stats, **{name: vector, "running": None})
+
+    for name in VECTORS:
+        assert changed(name, 1e-12) != stats
+        assert changed(name, 1e-12).is_close(stats)
+        assert not changed(name, 1e-7).is_close(stats)
+        assert not stats.is_close(changed(name, -1e-7))
+    for other in (
+        replace(stats, mask=[True, True, True]),
+        replace(stats, mode="bounds"),
+        replace(stats, count=499),
+        replace(stats, q01=None, mode="bounds"),
+        ActionStats.compute(np.zeros((500, 4))),
+    ):
+        assert not stats.is_close(other)
+        assert not other.is_close(stats)
+    one = NormStats({"a": {"action": stats, "num_trajectories": 3}})
+    near = {"action": changed("mean", 1e-13), "num_trajectories": 3}
+    assert one.is_close(NormStats({"a": near}))
+    for entries in (
+        {"b": near},
+        {"a": near, "b": near},
+        {"a": {**near, "num_trajectories": 4}},
+        {"a": {**near, "proprio": stats}},
+        {"a": {**near, "action": changed("std", 1e-6)}},
+    ):
+        assert not one.is_close(NormStats(entries))
+        assert not NormStats(entries).is_close(one)

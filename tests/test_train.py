@@ -17,6 +17,7 @@ from hf_vla_actions.train import ActionCollator, LoraArguments, VLATrainer, VLAT
 from hf_vla_actions.train.__main__ import main
 from hf_vla_actions.train.arguments import DataArguments, ModelArguments
 from hf_vla_actions.train.collator import action_loss
+from hf_vla_actions.train.run import check_same_config
 from hf_vla_actions.train.setup import chunk_datasets, load_policy, open_dataset, split_episodes
 
 LOW = np.array([-0.02, -0.03, -0.02, 0.0, -0.1, -0.2, 0.0])
@@ -528,6 +529,30 @@ def test_options_that_a_trained_policy_cannot_change_raise(dataset_folder, tmp_p
     load(unnorm_key="second")
     with pytest.raises(TrainingError, match="other action space under 'second'"):
         load(unnorm_key="second", action_frame="tcp")
+
+
+@pytest.mark.parametrize(("change", "accepted"), [(1e-13, True), (1e-6, False)])
+def test_checkpoints_whose_statistics_were_rounded_otherwise_go_on(change, accepted, dataset_folder, tmp_path):
+    options = DataArguments(dataset=str(dataset_folder), unnorm_key="again")
+    tiny_llava(horizon=2).save_pretrained(tmp_path / "policy")
+    dataset, model_args = open_dataset(options), ModelArguments(model_name_or_path=str(tmp_path / "policy"))
+    policy, key = load_policy(model_args, options, dataset, 0)
+    config = policy.action_config
+    policy.save_pretrained(tmp_path / "policy")
+    path = tmp_path / "policy" / "action_config.json"
+    content = json.loads(path.read_text())
+    mean = content["norm_stats"][key]["action"]["mean"]
+    content["norm_stats"][key]["action"]["mean"] = [value * (1 + change) for value in mean]
+    path.write_text(json.dumps(content))
+    for go_on in (
+        lambda: check_same_config(config, str(tmp_path / "policy")),
+        lambda: load_policy(model_args, options, dataset, 0),
+    ):
+        if accepted:
+            go_on()
+        else:
+            with pytest.raises(TrainingError, match=r"norm_stats|other statistics under 'again'"):
+                go_on()
 
 
 @pytest.mark.parametrize("spelled", [["--learning_rate=1e-4"], ["--learning_rate", "1e-4"], []])

@@ -55,6 +55,21 @@ class NormStats(Mapping):
             f"{key!r}: {e['action'].dof} dims {e['action'].range_text()}" for key, e in self._entries.items()
         )
 
+    def is_close(self, other: NormStats, rtol: float = 1e-9) -> bool:
+        """Whether both hold the same datasets with the same statistics up to rounding (`ActionStats.is_close`)."""
+        if self._entries.keys() != other._entries.keys():
+            return False
+        for key, mine in self._entries.items():
+            theirs = other._entries[key]
+            pairs = [(mine[part], theirs[part]) for part in ("action", "proprio")]
+            alike = all(
+                (a is None and b is None) or (a is not None and b is not None and a.is_close(b, rtol))
+                for a, b in pairs
+            )
+            if not alike or mine["num_trajectories"] != theirs["num_trajectories"]:
+                return False
+        return True
+
     def resolve(self, unnorm_key: str | None) -> str:
         """Return the key to use: the given one, or the only one there is. Anything else raises and lists them."""
         if unnorm_key is None:

@@ -246,6 +246,19 @@ class ActionStats:
         wanted = {name: fields[name] for name in (*VECTORS, "mask", "count", "mode") if name in fields}
         return cls(**wanted)
 
+    def is_close(self, other: ActionStats, rtol: float = 1e-9) -> bool:
+        """Whether two statistics are the same up to rounding, as those that another release computed of the same rows.
+
+        Mode, mask, count and what is known have to be equal; each number may differ by `rtol` of the largest magnitude
+        of its dimension (a mean near zero is rounded as coarsely as the rows that it is the mean of).
+        """
+        mine, theirs = self.to_dict(), other.to_dict()
+        known = [name for name in VECTORS if name in mine]
+        if mine.keys() != theirs.keys() or any(mine[name] != theirs[name] for name in mine.keys() - set(known)):
+            return False
+        rows, others = (np.array([stats[name] for name in known]) for stats in (mine, theirs))
+        return rows.shape == others.shape and bool((np.abs(rows - others) <= rtol * np.abs(rows).max(axis=0)).all())
+
     def __eq__(self, other) -> bool:
         return isinstance(other, ActionStats) and self.to_dict() == other.to_dict()
 

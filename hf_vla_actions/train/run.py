@@ -114,9 +114,13 @@ def prepare_output(args: VLATrainingArguments) -> str | None:
 
 def check_same_config(config: ActionConfig, checkpoint: str) -> None:
     """Refuse to resume with options under which the tokens of the checkpoint mean something else."""
-    saved, now = ActionConfig.from_pretrained(checkpoint).to_dict(), config.to_dict()
+    before = ActionConfig.from_pretrained(checkpoint)
+    saved, now = before.to_dict(), config.to_dict()
     # How many tokens a chunk may take changes nothing about what they mean, and earlier releases did not say it.
-    differ = [name for name in now if now[name] != saved.get(name) and name != "token_budget"]
+    free = {"token_budget"}
+    if before.norm_stats.is_close(config.norm_stats):  # type: ignore[union-attr, arg-type]
+        free.add("norm_stats")  # earlier releases rounded sums differently
+    differ = [name for name in now if now[name] != saved.get(name) and name not in free]
     if differ:
         raise TrainingError(
             f"the checkpoint {checkpoint} was trained with other {differ} in its action config; resume with the same "

@@ -296,11 +296,11 @@ def _check_unchanged(model, old: ActionConfig, model_args: ModelArguments, data_
 def _check_same_robot(old: ActionConfig, key: str, stats: ActionStats, space: ActionSpace) -> None:
     """Refuse to give the numbers of a key that the policy has another meaning."""
     nobody_said = ActionSpace.unnamed(space.dof)  # as in every checkpoint of the original OpenVLA
-    for what, has, wanted in (
-        ("statistics", old.stats(key), stats),
-        ("action space", old.space(key), space),
+    for what, alike in (
+        ("statistics", old.stats(key).is_close(stats)),  # earlier releases rounded sums differently
+        ("action space", old.space(key) in (space, nobody_said)),
     ):
-        if has not in (wanted, nobody_said):
+        if not alike:
             raise TrainingError(
                 f"the policy has other {what} under {key!r}: name this dataset with another --unnorm_key, or describe "
                 "its actions as they were"
