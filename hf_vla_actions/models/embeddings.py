@@ -78,7 +78,9 @@ def grow_embeddings(model, vocabulary, tokenizer_length: int, how: str = DEFAULT
         return
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model.resize_token_embeddings(needed, pad_to_multiple_of=64 if rows % 64 == 0 else None)
+        model.resize_token_embeddings(
+            needed, pad_to_multiple_of=64 if rows % 64 == 0 else None, mean_resizing=not _is_outline(model)
+        )
     if how != "mean" and (ids >= rows).any():
         _initialize(model, np.atleast_2d(ids), how, first_written=rows, scale=SCALE, length=LENGTH, seed=0)
     logger.info("embeddings grew from %d to %d rows", rows, model.get_input_embeddings().weight.shape[0])
@@ -123,6 +125,8 @@ def _initialize(
     model, blocks: np.ndarray, how: str, *, first_written: int, scale: float, length: float, seed: int
 ) -> None:
     """Set rows `blocks` (blocks, n) that are not below `first_written`; rows below that and all ids are the old ones."""
+    if _is_outline(model):
+        return
     targets: list[Any] = [model.get_input_embeddings()]
     output = model.get_output_embeddings()
     if output is not None and output.weight is not targets[0].weight:
@@ -209,6 +213,11 @@ def _write(target, ids: torch.Tensor, values: torch.Tensor, trained: torch.Tenso
         bias = getattr(target, "bias", None)
         if bias is not None:
             bias[ids.to(bias.device)] = _cpu(bias)[trained].mean().to(bias.device, bias.dtype)
+
+
+def _is_outline(model) -> bool:
+    """Whether it has shapes and no numbers, as a plan of a training needs it."""
+    return model.get_input_embeddings().weight.is_meta
 
 
 def _cpu(tensor: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -36,6 +37,26 @@ def load_model(path: str, **kwargs: Any) -> tuple[Any, Any]:
         summary = "; ".join(f"{name}: {len(keys)} ({keys[:2]})" for name, keys in problems.items() if keys)
         raise CheckpointError(f"the weights in {path!r} do not fit a {type(model).__name__}: {summary}")
     return model, load_processor(path, config, **hub_arguments(kwargs))
+
+
+def load_outline(path: str, **kwargs: Any) -> tuple[Any, Any]:
+    """As `load_model`, but without weights: every tensor has its shape and dtype, and no numbers (device "meta").
+
+    How weights are quantized or spread over devices says nothing about shapes and is left out.
+    """
+    check_source(path)
+    hub = hub_arguments(kwargs)
+    build = {name: kwargs[name] for name in ("dtype", "attn_implementation") if name in kwargs}
+    try:
+        config = AutoConfig.from_pretrained(path, **hub)
+        auto: Any = AutoModelForImageTextToText if family_of(config).takes_images else AutoModelForCausalLM
+        if build.get("dtype") == "auto":
+            build["dtype"] = config.dtype or "float32"
+        with torch.device("meta"):
+            model = auto.from_config(config, **build)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"no model to be had from {path!r}: {str(error).splitlines()[0]}") from error
+    return model, load_processor(path, config, **hub)
 
 
 def load_processor(path: str, config, **hub_options: Any):

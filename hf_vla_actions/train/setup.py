@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -136,7 +137,13 @@ def stats_of(dataset: EpisodeReader, space: ActionSpace, episodes: list[int], mo
 
 
 def load_policy(
-    model_args: ModelArguments, data_args: DataArguments, dataset: EpisodeReader, seed: int, **load_options: Any
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    dataset: EpisodeReader,
+    seed: int,
+    *,
+    load: Callable[..., tuple[Any, Any]] = load_model,
+    **load_options: Any,
 ) -> tuple[Any, str]:
     """Load the model and make it a policy for the dataset; return it with its `unnorm_key`.
 
@@ -148,6 +155,7 @@ def load_policy(
         data_args: what its numbers mean.
         dataset: the dataset.
         seed: of the split into episodes.
+        load: loads model and processor; `models.native.load_outline` for what needs no weights.
         load_options: for the model's `from_pretrained`, such as those of `train.lora.quantized_loading`.
 
     Raises:
@@ -168,7 +176,7 @@ def load_policy(
     options = {"dtype": model_args.dtype or "float32", **load_options}
     if model_args.attn_implementation:
         options["attn_implementation"] = model_args.attn_implementation
-    model, processor = load_model(model_args.model_name_or_path, **options)
+    model, processor = load(model_args.model_name_or_path, **options)
     rows = model.get_input_embeddings().weight.shape[0]
     native = model.config.model_type == OPENVLA_TYPE
     _check_recipe(model_args.recipe, model.config.model_type)
@@ -226,7 +234,7 @@ def _original(model, processor, key: str, entry: dict[str, Any]) -> ActionConfig
 
 
 def _check_recipe(name: str | None, model_type: str) -> None:
-    if name is not None and RECIPES[name].model_type != model_type:
+    if name is not None and RECIPES[name].model_type not in (None, model_type):
         raise TrainingError(
             f"the recipe {name!r} is for models of type {RECIPES[name].model_type!r}, this one is a {model_type!r}: "
             "leave --recipe out"
