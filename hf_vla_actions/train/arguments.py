@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from transformers import TrainingArguments
 
 from hf_vla_actions.errors import TrainingError
+from hf_vla_actions.train.recipes import RECIPES
 
 FULL_LEARNING_RATE, LORA_LEARNING_RATE = 2e-5, 5e-4
 
@@ -23,9 +24,11 @@ class ModelArguments:
         default=None,
         metadata={
             "help": "Start from a published training: 'openvla-lora' (rank 32, alpha 16, learning rate 5e-4, every linear "
-            "layer) or 'openvla-full' (2e-5), both constant and in bfloat16 where the device can. Options that are "
-            "given win over it.",
-            "choices": ["openvla-lora", "openvla-full"],
+            "layer), 'openvla-full' (2e-5), 'robovlms-lora' (rank 64, alpha 16, 2e-5, chunks of 10), 'robovlms-full' (with "
+            "--freeze_vision and --freeze_text_embeddings as its switches), 'fast-default' (FAST tokens and an adapter; "
+            "give --horizon). 'oft-libero' and 'oft-aloha' say how such checkpoints are trained, which this command "
+            "cannot. bfloat16 where the device can. Options that are given win over it.",
+            "choices": list(RECIPES),
         },
     )
     n_bins: int | None = field(

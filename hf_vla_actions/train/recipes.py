@@ -12,7 +12,9 @@ from typing import Any
 from transformers.hf_argparser import string_to_bool
 from transformers.utils.import_utils import is_torch_bf16_gpu_available
 
+from hf_vla_actions.errors import TrainingError
 from hf_vla_actions.models.families import OPENVLA_TYPE
+from hf_vla_actions.models.openvla.oft_config import PRESETS
 
 logger = logging.getLogger(__name__)
 
@@ -27,12 +29,13 @@ OPENVLA_TARGET_MODULES = (
 
 @dataclass(frozen=True)
 class Recipe:
-    """Options of a published training.
+    """Options of a published training; None where the source says nothing, or nothing that fits here.
 
     Args:
         name: value of `--recipe`.
         source: where it was published.
-        model_type: models that it is for.
+        model_type: models that it is for; None for any.
+        refusal: why this command cannot train it and what can be done instead; None where it can.
         use_peft: an adapter instead of all weights.
         learning_rate: of AdamW.
         lr_scheduler_type: how the learning rate changes.
@@ -46,18 +49,27 @@ class Recipe:
         lora_target_modules: ends of the names of the layers that get an adapter.
         lora_vision: adapt the vision towers and the projector too.
         lora_action_rows: train the rows of the action tokens beside the adapter.
+        freeze_vision: keep the vision tower and the projector as they are.
+        freeze_text_embeddings: keep the embeddings as they are, but for the rows of the action tokens.
+        horizon: actions in a chunk.
+        norm_mode: which bounds become [-1, 1].
+        n_bins: bins a dimension.
+        action_tokenizer: what makes tokens of a chunk.
+        fast_scale: steps in a coefficient of 1.
+        fast_vocab: codes at most.
 
     bfloat16 is used for the frozen weights of an adapter and for the computation wherever the accelerator has it.
     """
 
     name: str
     source: str
-    model_type: str
     use_peft: bool
-    learning_rate: float
-    lr_scheduler_type: str
-    weight_decay: float
-    max_grad_norm: float
+    model_type: str | None = None
+    refusal: str | None = None
+    learning_rate: float | None = None
+    lr_scheduler_type: str | None = None
+    weight_decay: float | None = None
+    max_grad_norm: float | None = None
     per_device_train_batch_size: int | None = None
     lora_r: int | None = None
     lora_alpha: int | None = None
@@ -66,6 +78,14 @@ class Recipe:
     lora_target_modules: tuple[str, ...] | None = None
     lora_vision: bool | None = None
     lora_action_rows: bool | None = None
+    freeze_vision: bool | None = None
+    freeze_text_embeddings: bool | None = None
+    horizon: int | None = None
+    norm_mode: str | None = None
+    n_bins: int | None = None
+    action_tokenizer: str | None = None
+    fast_scale: float | None = None
+    fast_vocab: int | None = None
 
     def options(self, bf16: bool) -> dict[str, Any]:
         """The command's options and their values.
@@ -73,7 +93,7 @@ class Recipe:
         Args:
             bf16: the device computes in bfloat16.
         """
-        about = ("name", "source", "model_type")
+        about = ("name", "source", "model_type", "refusal")
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in about}
         found = {name: value for name, value in values.items() if value is not None}
         if self.lora_target_modules is not None:
@@ -82,6 +102,39 @@ class Recipe:
             # The adapter itself stays float32; small steps would vanish in anything less.
             found["dtype"] = "bfloat16" if bf16 else "float32"
         return {**found, "bf16": bf16}
+
+
+def _oft(kind: str, *, batch: int, decay: int) -> Recipe:
+    preset = PRESETS[kind]
+    return Recipe(
+        name=f"oft-{kind}",
+        source=f"moojink/openvla-oft {kind.upper()}.md, prismatic/vla/constants.py; arXiv 2502.19645 (L1 head, the rate a "
+        f"tenth after {decay:,} steps, 8 GPUs)",
+        model_type=OPENVLA_TYPE,
+        refusal="its head predicts the whole chunk in one pass, and this command teaches tokens one after the other. Such "
+        f"checkpoints load with AutoModelForActionPrediction.from_pretrained(path, oft={kind!r}), and Transformers' Trainer "
+        "trains them in Python (they return their loss where the batch holds `actions`). For chunks of the same length "
+        f"from a model without that head, pass --recipe fast-default --horizon {preset['horizon']}",
+        use_peft=True,
+        learning_rate=5e-4,
+        weight_decay=0.01,
+        max_grad_norm=0.0,
+        per_device_train_batch_size=batch,
+        lora_r=32,
+        lora_alpha=16,
+        lora_dropout=0.0,
+        lora_init="gaussian",
+        lora_vision=True,
+        lora_action_rows=False,
+        horizon=preset["horizon"],
+        norm_mode=preset["normalization"],
+    )
+
+
+def _robovlms(**options: Any) -> Recipe:
+    return Recipe(
+        model_type=None, learning_rate=2e-5, weight_decay=0.0, horizon=10, n_bins=256, **options
+    )  # its other normalization, a fixed range of 0.65, is that of one dataset
 
 
 RECIPES = {
@@ -117,6 +170,35 @@ RECIPES = {
             weight_decay=0.0,
             max_grad_norm=1.0,
         ),
+        _oft("libero", batch=8, decay=100_000),
+        _oft("aloha", batch=4, decay=50_000),
+        _robovlms(
+            name="robovlms-lora",
+            source="Robot-VLAs/RoboVLMs train_setup of its configs (lora_r 64, lora_alpha 16, lora_dropout 0.05, lora_bias "
+            "none) and base_policy.py; arXiv 2412.14058. Its own experiments fine-tune all weights",
+            use_peft=True,
+            lora_r=64,
+            lora_alpha=16,
+            lora_dropout=0.05,
+        ),
+        _robovlms(
+            name="robovlms-full",
+            source="Robot-VLAs/RoboVLMs configs/calvin_finetune (full-ft, train_vision, train_text_embedding, wd-0, act-10); "
+            "arXiv 2412.14058",
+            use_peft=False,
+            freeze_vision=False,
+            freeze_text_embeddings=False,
+        ),
+        Recipe(
+            name="fast-default",
+            source="FAST, arXiv 2501.09747 (scale 10, 1024 codes, chunks of about one second: give --horizon); adapter and "
+            "learning rate are the defaults of this command",
+            use_peft=True,
+            learning_rate=5e-4,
+            action_tokenizer="fast",
+            fast_scale=10.0,
+            fast_vocab=1024,
+        ),
     )
 }
 
@@ -126,6 +208,9 @@ def asked_recipe(argv: Sequence[str]) -> tuple[Recipe, dict[str, Any]] | None:
 
     Args:
         argv: all options; names of recipes that do not exist are left to the parser proper.
+
+    Raises:
+        TrainingError: this command cannot train it.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--recipe")
@@ -134,6 +219,8 @@ def asked_recipe(argv: Sequence[str]) -> tuple[Recipe, dict[str, Any]] | None:
     recipe = RECIPES.get(asked.recipe)
     if recipe is None:
         return None
+    if recipe.refusal is not None:
+        raise TrainingError(f"the recipe {recipe.name!r} cannot be trained here: {recipe.refusal}")
     on_cpu = asked.use_cpu or string_to_bool(os.environ.get("ACCELERATE_USE_CPU", "false"))
     return recipe, recipe.options(bf16=not on_cpu and is_torch_bf16_gpu_available())
 
