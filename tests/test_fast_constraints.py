@@ -388,10 +388,22 @@ def limits_of(tokenizer, constraints, space=SPACE, stats=STATS, context=None, ho
     return fast_limits(bound, tokenizer, stats, context=context, **options)
 
 
-@pytest.mark.parametrize(("opened", "closed"), [(1.0, 0.0), (0.0, 1.0), (1.0, -1.0), (-0.5, 0.25)])
+@pytest.mark.parametrize(
+    ("opened", "closed", "threshold"),
+    [
+        (1.0, 0.0, None),
+        (0.0, 1.0, None),
+        (1.0, -1.0, None),
+        (-0.5, 0.25, None),
+        (1.0, 0.0, 0.05),
+        (0.0, 1.0, 0.9),
+        (-1.0, 1.0, 0.5),
+    ],
+)
 @pytest.mark.parametrize("wanted", ["open", "closed"])
-def test_a_binary_gripper_is_limited_before_it_is_settled(tokenizer, opened, closed, wanted):
-    space = ActionSpace(["x", "g"], delta=(True, False), gripper=Gripper("g", open=opened, closed=closed))
+def test_a_binary_gripper_is_limited_before_it_is_settled(tokenizer, opened, closed, threshold, wanted):
+    gripper = Gripper("g", open=opened, closed=closed, threshold=threshold)
+    space = ActionSpace(["x", "g"], delta=(True, False), gripper=gripper)
     stats = ActionStats.from_ranges([-0.02, 0.0], [0.02, 0.0], mask=[True, False])
     limits = limits_of(tokenizer, [Fix("g", wanted)], space, stats, beyond=0.1)
     values = np.linspace(-1.1, 1.1, 4401)
@@ -399,6 +411,33 @@ def test_a_binary_gripper_is_limited_before_it_is_settled(tokenizer, opened, clo
     inside = (values >= limits.lower[0, 0, 1]) & (values <= limits.upper[0, 0, 1])
     np.testing.assert_array_equal(inside, settled == space.gripper.state(wanted))
     assert limits.kept[0].decoding == (str(Fix("g", wanted)),)
+
+
+@pytest.mark.parametrize("mode", ["project", "mixture", "mask"])
+def test_each_step_may_have_statistics_of_its_own(tokenizer, mode):
+    rng = np.random.default_rng(5)
+    low, high = -rng.uniform(0.01, 0.05, (HORIZON, DOF)), rng.uniform(0.01, 0.05, (HORIZON, DOF))
+    low[:, -1], high[:, -1] = 0.0, 1.0
+    low[2, 1] = high[2, 1] = 0.004  # this number never moves
+    stats = ActionStats(mode="bounds", min=low, max=high, mask=np.array([True] * (DOF - 1) + [False]))
+    vla = policy_of(tokenizer, norm_stats=NormStats({"my_robot": {"action": stats}}))
+    inputs = vla.prepare(None, INSTRUCTIONS[0])
+    wanted = [Range("x", -0.02, 0.015), MoveBy("y", 0.012, tolerance=0.02), Fix("gripper", "open")]
+    torch.manual_seed(1)
+    options = {"do_sample": True, "num_return_sequences": 6, "mode": mode, "return_dict": True}
+    out = vla.predict_action(**inputs, constraints=wanted, **options)
+    x, y, gripper = out.actions[..., 0], out.actions[..., 1], out.actions[..., -1]
+    assert (x >= -0.02).all() and (x <= 0.015).all() and (gripper == SPACE.gripper.open).all()
+    assert (np.abs(y.sum(axis=1) - 0.012) <= 0.02 * (1 + 1e-12)).all()
+    assert out.kept_while[0].decoding == (() if mode == "project" else tuple(map(str, wanted)))
+    said = SPACE.settle(stats.unnormalize(out.normalized))
+    np.testing.assert_array_equal(out.moved, out.actions - said)
+    if mode == "mask":
+        assert out.certified.all()
+    reach = np.maximum(np.abs(low), np.abs(high)).max(axis=0)
+    for dim, beyond in (("x", 2 * reach[0]), ("yaw", 2 * reach[5])):
+        with pytest.raises(InfeasibleConstraintError):
+            vla.predict_action(**inputs, constraints=[Range(dim, low=beyond)], mode=mode)
 
 
 def test_limits_are_those_of_each_dimension_in_normalized_numbers(tokenizer):

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hf_vla_actions.actions import ActionSpace, ActionStats
+from hf_vla_actions.actions import ActionSpace, ActionStats, Gripper
 from hf_vla_actions.constraints import BoundConstraints, Constraint, Context, IntervalSet
 from hf_vla_actions.constraints.base import Part
 from hf_vla_actions.constraints.language import OneDimensional
@@ -119,7 +119,7 @@ def bounds_of(part: Part, space: ActionSpace, horizon: int) -> list[Bound] | str
             return PICKS
         dim, members = int(part.dim), part.narrow(IntervalSet.everything(), 0.0)
         if dim == switch:
-            members = _before_settling(members, gripper.open, gripper.closed)  # type: ignore[union-attr]
+            members = _before_settling(members, gripper)  # type: ignore[arg-type]
         if len(members.pairs) != 1:
             return GAPS
         low, high = members.pairs[0].tolist()
@@ -131,14 +131,14 @@ def bounds_of(part: Part, space: ActionSpace, horizon: int) -> list[Bound] | str
     return SETTLED if isinstance(part, (Change, WeightedSum)) and switch in part.dims else COUPLED
 
 
-def _before_settling(members: IntervalSet, opened: float, closed: float) -> IntervalSet:
-    """The numbers that become an allowed state of a binary gripper; halfway counts as open."""
-    allowed = tuple(bool(members.contains(state)) for state in (opened, closed))
-    middle = (opened + closed) / 2
-    sides = [(middle, math.inf), (-math.inf, float(np.nextafter(middle, -math.inf)))]
-    if opened < closed:
-        sides = [(-math.inf, middle), (float(np.nextafter(middle, math.inf)), math.inf)]
-    return IntervalSet.from_pairs([side for side, fine in zip(sides, allowed, strict=True) if fine])
+def _before_settling(members: IntervalSet, gripper: Gripper) -> IntervalSet:
+    """The numbers that become an allowed state of a binary gripper; those at its threshold count as open."""
+    edge = gripper.middle if gripper.threshold is None else gripper.threshold
+    open_side, closed_side = (edge, math.inf), (-math.inf, float(np.nextafter(edge, -math.inf)))
+    if gripper.open < gripper.closed:
+        open_side, closed_side = (-math.inf, edge), (float(np.nextafter(edge, math.inf)), math.inf)
+    sides = ((gripper.open, open_side), (gripper.closed, closed_side))
+    return IntervalSet.from_pairs([side for state, side in sides if members.contains(state)])
 
 
 def _changes(part: Change, horizon: int) -> list[Bound]:

@@ -102,9 +102,11 @@ def overshoot(tokenizer: FASTActionTokenizer, horizon: int) -> float:
 def _bind(config, key: str, asked: dict[str, Any], reach: float) -> BoundConstraints:
     """The constraints, for actions off any grid but within what normalized values from -reach to reach stand for."""
     space = config.space(key)
-    # The reach of `bind` ends half a step beyond the outermost of these points.
-    points = np.linspace(-1.0, 1.0, POINTS) * reach * (POINTS - 1) / POINTS
-    values = space.settle(config.stats(key).unnormalize(np.repeat(points[:, None], space.dof, axis=1)))
+    # The reach of `bind` ends half a step beyond the outermost of these points. It is one for all steps: that of the widest.
+    ends = config.stats(key).unnormalize(np.full((2, config.horizon, space.dof), [[[-reach]], [[reach]]]))
+    low, high = ends.min(axis=(0, 1)), ends.max(axis=(0, 1))
+    points = np.linspace(-1.0, 1.0, POINTS)[:, None] * (POINTS - 1) / POINTS
+    values = space.settle((low + high) / 2 + points * (high - low) / 2)
     try:
         return bind(
             asked["constraints"],
