@@ -18,6 +18,7 @@ from hf_vla_actions.models.families import OPENVLA_TYPE
 from hf_vla_actions.train.arguments import LoraArguments, VLATrainingArguments
 from hf_vla_actions.train.freeze import Frozen, freeze_parts
 from hf_vla_actions.train.lora import add_lora
+from hf_vla_actions.train.record import FILE_NAME as TRAINING_FILE
 from hf_vla_actions.train.trainer import VLATrainer, taco_loss_of
 
 TRAIN_SAMPLE = 64
@@ -25,6 +26,7 @@ METRICS_FILE = "action_metrics.json"
 OWN_FILES = (
     *("checkpoint-*", "adapter_*", "model*.safetensors*", "config.json", "action_config.json", METRICS_FILE),
     *("fast_tokenizer.json", "vq_tokenizer.*"),
+    TRAINING_FILE,
     "dataset_statistics.json",  # of an earlier adapter: it would take the place of the statistics in config.json
 )
 
@@ -85,7 +87,7 @@ def fine_tune(
     metrics.update(trainer.evaluate(_sample(train_dataset, args.seed), metric_key_prefix="train"))
     trainer.save_model()
     if trainer.is_world_process_zero():
-        _write_json(Path(str(args.output_dir)) / METRICS_FILE, metrics)
+        write_json(Path(str(args.output_dir)) / METRICS_FILE, metrics)
     return model, metrics
 
 
@@ -142,7 +144,8 @@ def _sample(dataset, seed: int) -> Dataset:
     return Subset(dataset, sorted(rows.tolist()))
 
 
-def _write_json(path: Path, values: dict[str, Any]) -> None:
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write a file whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(values, indent=1), encoding="utf-8")
     os.replace(temporary, path)

@@ -16,6 +16,7 @@ from hf_vla_actions.evaluate.teacher_forced import ids_by_place, metrics_of
 from hf_vla_actions.models import ActionPredictionMixin, load_model, save_adapter
 from hf_vla_actions.train.arguments import VLATrainingArguments
 from hf_vla_actions.train.collator import IGNORED, ActionCollator, action_loss
+from hf_vla_actions.train.throughput import Throughput
 
 
 class VLATrainer(Trainer):
@@ -47,6 +48,8 @@ class VLATrainer(Trainer):
         # Trainer would not count the first label of each row, as if labels still were to be shifted; here every one is
         # a target, and the loss is divided by their number.
         self._loss_shifts_labels = False
+        self.throughput = Throughput()
+        self.add_callback(self.throughput)
         self._ids = torch.tensor(ids_by_place(policy.action_config, self.unnorm_key))
 
     def _loss(self, outputs, labels: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:
@@ -72,19 +75,30 @@ class VLATrainer(Trainer):
             self._violation = self._violation + violation.detach()
         return loss + self.args.taco_loss_weight * violation  # type: ignore[attr-defined]
 
+    def get_batch_samples(self, *args, **kwargs):
+        """The batches of one step; the time until they are there is measured."""
+        with self.throughput.waiting():
+            return super().get_batch_samples(*args, **kwargs)
+
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        """Log, with the mean expected violation as `taco_loss` (before its weight) beside the loss."""
+        """Log, with `samples_per_second` and `data_wait` (share of the time) beside the loss.
+
+        With `taco_loss_weight` also the mean expected violation as `taco_loss` (before its weight).
+        """
         if self._violation is not None and "loss" in logs:
             mean = self.accelerator.reduce(self._violation, reduction="mean")
             # As the loss: where it is divided by the labels of all processes, each holds a part of it.
             parts = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
             logs["taco_loss"] = parts * mean.item() / max(1, self.state.global_step - self._violation_since)
             self._violation = None
+        if "loss" in logs:
+            logs.update(self.throughput.numbers(self.args.world_size, since_shown=True))
         super().log(logs, *args, **kwargs)
 
     def training_step(self, model, inputs, *args, **kwargs) -> torch.Tensor:
         """One step; a loss that is not finite raises and names the samples, before the weights change."""
         sample_ids = inputs.pop("sample_ids")
+        self.throughput.count(len(sample_ids))
         loss = super().training_step(model, inputs, *args, **kwargs)
         if not torch.isfinite(loss):
             samples = [tuple(pair) for pair in sample_ids.tolist()]
