@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import ModelCard
 from transformers import CONFIG_MAPPING
 
 from hf_vla_actions.config import ActionConfig
 from hf_vla_actions.errors import CheckpointError, HubError, one_line_errors
-from hf_vla_actions.hub.card import is_generated, make_card
+from hf_vla_actions.hub.card import PIPELINE_TAG, is_generated, make_card
 from hf_vla_actions.hub.files import CARD_FILE, choose_files, local_paths
 from hf_vla_actions.hub.inspect import ADAPTER_FILE, CONFIG_FILE, inspect_checkpoint
 from hf_vla_actions.hub.report import Report
@@ -24,6 +26,7 @@ from hf_vla_actions.models.families import OPENVLA_TYPE, family_of
 from hf_vla_actions.models.shim import CLASS, SOURCE
 from hf_vla_actions.models.shim import FILE_NAME as SHIM_FILE
 
+HEAD = re.compile(r"\A\s*---\s*\n.*?\n---\s*(\n|\Z)", re.DOTALL)
 OF_RECORDS = ("action_metrics.json", "training.json")
 EPILOG = """\
 example:
@@ -146,7 +149,7 @@ def push(
         uploaded |= _with_shim(choice.sent[CONFIG_FILE], report)
     to = None if dry_run else Upload(repo_id, token=token)
     repo_id = repo_id if to is None else to.repo_id
-    whose = _card(folder, repo_id, uploaded, card, facts)
+    whose = _card(folder, repo_id, uploaded, card, facts, notes)
     uploaded = dict(sorted(uploaded.items()))
     sizes = {name: _size(content) for name, content in uploaded.items()}
     common: dict[str, Any] = {"folder": str(folder), "kind": report.kind, "files": sizes, "left": choice.left}
@@ -270,23 +273,35 @@ def _with_shim(file: Path, report: Report) -> dict[str, bytes]:
     return {CONFIG_FILE: (json.dumps(values, indent=2, sort_keys=True) + "\n").encode(), SHIM_FILE: SOURCE.encode()}
 
 
-def _card(folder: Path, repo_id: str, uploaded: dict[str, Path | bytes], wanted: bool, facts: dict[str, Any]) -> str:
+def _card(
+    folder: Path, repo_id: str, uploaded: dict[str, Any], wanted: bool, facts: dict[str, Any], notes: list[str]
+) -> str:
     """Put the card among the files; says where it comes from."""
     file = folder / CARD_FILE
     text = file.read_text(encoding="utf-8") if file.is_file() else None
     if text is not None and not is_generated(text):
-        try:
-            ModelCard(text)
-        except ValueError as error:
-            raise HubError(
-                f"{file} has a head that is no metadata of a card: {' '.join(str(error).split())}"
-            ) from None
+        notes += _missing(file, text)
         return f"{CARD_FILE} as you wrote it"
     if not wanted:
         uploaded.pop(CARD_FILE, None)
         return "none"
     uploaded[CARD_FILE] = make_card(folder, repo_id=repo_id, **facts).encode()
     return f"{CARD_FILE} written from what the folder says (hf-vla card shows it)"
+
+
+def _missing(file: Path, text: str) -> list[str]:
+    """What a card of somebody's own lacks for others to find the policy; metadata that cannot be read raise."""
+    if not HEAD.match(text):
+        return [f"{CARD_FILE} has no metadata, by which others find a policy: hf-vla card DIR --output - shows some"]
+    try:
+        data = ModelCard(text).data
+    except (ValueError, yaml.YAMLError) as error:
+        raise HubError(f"{file} has a head that is no metadata of a card: {' '.join(str(error).split())}") from None
+    return (
+        []
+        if data.pipeline_tag == PIPELINE_TAG
+        else [f"{CARD_FILE} lacks pipeline_tag: {PIPELINE_TAG} in its metadata"]
+    )
 
 
 def _size(content: Path | bytes) -> int:

@@ -130,7 +130,10 @@ class Upload:
         names = {file.rfilename for file in seen.siblings or ()}
         lost = sorted(set(contents) - names)
         if lost:
-            raise HubError(f"{self.repo_id} lacks {lost} after the commit {done.oid}: does its .gitignore name them?")
+            raise HubError(
+                f"{self.repo_id} lacks {lost} after the commit {done.oid}, so that it cannot be used: its .gitignore may "
+                "name them; take that away and push again"
+            )
         kept = tuple(sorted(names - set(contents)))
         return Commit(self.repo_id, done.oid, done.commit_url, done.pr_url, bool(info.private), tuple(removed), kept)
 
