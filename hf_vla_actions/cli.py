@@ -28,6 +28,10 @@ COMMANDS = {
     "inspect": ("hf_vla_actions.hub.inspect", "what is in a checkpoint, and whether it is safe to run"),
     "card": ("hf_vla_actions.hub.card", "write the model card of a policy from what its folder says"),
     "push": ("hf_vla_actions.hub.push", "publish a policy or an adapter on the Hub, checked first, in one commit"),
+    "merge": (
+        "hf_vla_actions.hub.merge_command",
+        "merge a LoRA adapter into its base, and keep the result only if it is the same policy",
+    ),
     "convert-stats": (
         "hf_vla_actions.actions.formats_command",
         "statistics from one format of the field to another, with what they mean",

@@ -35,6 +35,7 @@ class AutoModelForActionPrediction:
         config: ActionConfig | None = None,
         self_test: bool = True,
         oft: str | Mapping[str, Any] | None = None,
+        base: str | Path | None = None,
         **kwargs: Any,
     ):
         """Load a policy: a full checkpoint or a LoRA adapter, from a folder or from the Hub.
@@ -45,6 +46,7 @@ class AutoModelForActionPrediction:
             self_test: check once that pictures and instructions change the actions (a few forward passes).
             oft: constants of an OpenVLA-OFT checkpoint of the original, which does not say them: a preset ("libero",
                 "aloha", "bridge") or a mapping; see `models.openvla.load_oft`.
+            base: where the base model of an adapter is now; by default where its `adapter_config.json` says.
             kwargs: passed on to the model's `from_pretrained` (`dtype`, `device_map`, `revision`, ...).
 
         Returns:
@@ -68,11 +70,13 @@ class AutoModelForActionPrediction:
                     f"{path} holds both an adapter and a whole model, which of them is meant? Remove "
                     "adapter_config.json or config.json"
                 )
-            source = base_of(adapter, path)
+            source = base_of(adapter, path) if base is None else str(base)
             # A revision is that of the adapter's repository; its base has its own.
             options = {name: value for name, value in kwargs.items() if name not in ("revision", "subfolder")}
-            if adapter.get("revision"):
+            if base is None and adapter.get("revision"):
                 options["revision"] = adapter["revision"]
+        elif base is not None:
+            raise CheckpointError(f"{path} is no adapter, so it has no base model: leave base={str(base)!r} out")
         config = config or _action_config(path, source, hub)
         model, processor = load_model(source, **options)
         if adapter is not None and config is not None:

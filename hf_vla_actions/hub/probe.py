@@ -1,0 +1,261 @@
+"""Ask two versions of one policy the same questions, and compare what they say."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from hf_vla_actions.config import ActionConfig
+from hf_vla_actions.data import open_dataset
+from hf_vla_actions.errors import CheckpointError, VLAActionsError
+from hf_vla_actions.models.families import OPENVLA_TYPE
+from hf_vla_actions.models.openvla.policy import close_prompt
+
+ROWS, SIZE = 4, 224
+FORCED = 256  # action tokens that are read, over all rows: every one where there are no more
+SENTENCES = (
+    "move the red block to the green block",
+    "move the green block to the red block",
+    "open the drawer",
+    "put the spoon on the towel",
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Probe:
+    """Questions to a policy.
+
+    Args:
+        instructions: a sentence a row.
+        images: for each row its pictures, uint8 (height, width, 3), as many as the policy has cameras; None for a
+            policy that reads text only.
+        proprio: (rows, numbers) states of the robot in real units, for a policy that reads them.
+    """
+
+    instructions: tuple[str, ...]
+    images: tuple[tuple[np.ndarray, ...], ...] | None = None
+    proprio: np.ndarray | None = None
+
+    def __post_init__(self):
+        if not self.instructions:
+            raise VLAActionsError("a probe needs at least one instruction")
+        for name, rows in (("images", self.images), ("proprio", self.proprio)):
+            if rows is not None and len(rows) != len(self.instructions):
+                raise VLAActionsError(
+                    f"a probe needs {name} for each of its {len(self.instructions)} instructions, got {len(rows)}"
+                )
+
+    @classmethod
+    def synthetic(cls, policy) -> Probe:
+        """Four sentences with four different pictures (noise and gradients), the same every time."""
+        oft = oft_of(policy)
+        proprio = np.zeros((ROWS, oft["proprio_dim"])) if oft.get("proprio_dim") else None
+        if not policy.prompts.family.takes_images:
+            return cls(SENTENCES)
+        views = oft.get("num_images") or max(len(policy.action_config.cameras), 1)
+        return cls(
+            SENTENCES, tuple(tuple(_picture(row, view) for view in range(views)) for row in range(ROWS)), proprio
+        )
+
+    @classmethod
+    def from_dataset(cls, path: str | Path, config: ActionConfig, rows: int = ROWS) -> Probe:
+        """Frames of a robot dataset, evenly spread over it.
+
+        Args:
+            path: folder or `owner/name` on the Hub.
+            config: of the policy, for its cameras.
+            rows: how many frames.
+        """
+        dataset = open_dataset(path, cameras=config.cameras or None)
+        last = dataset.episodes[-1].stop - 1
+        chosen = [int(row) for row in np.linspace(0, last, rows)]
+        pictures = tuple(tuple(np.asarray(dataset.frame(row, name)) for name in dataset.cameras) for row in chosen)
+        return cls(tuple(dataset.instruction(row) for row in chosen), pictures)
+
+
+@dataclass(frozen=True, eq=False)
+class Answers:
+    """What a policy says to a probe.
+
+    Args:
+        logits: (rows, steps, vocabulary) float32, after the same given action tokens; None for a policy without tokens.
+        tokens: (rows, length) int64 greedy action tokens.
+        along: (rows, length, vocabulary) float32 logits along the greedy tokens of the reference.
+        normalized: (rows, horizon, dof) greedy actions, normalized.
+        actions: (rows, horizon, dof) greedy actions in real units.
+    """
+
+    logits: np.ndarray | None
+    tokens: np.ndarray
+    along: np.ndarray | None
+    normalized: np.ndarray
+    actions: np.ndarray
+
+
+def ask(policy, probe: Probe, reference: Answers | None = None) -> Answers:
+    """Put the questions of a probe to a policy.
+
+    Args:
+        policy: made by `to_vla`, in eval mode (the base model of a PeftModel has its adapter in it).
+        probe: the questions.
+        reference: answers of the other version, whose greedy tokens are replayed; None for the first one.
+    """
+    images = probe.images if policy.prompts.family.takes_images else None
+    pictures: Any = None if images is None else [list(views) for views in images]
+    inputs = policy.prepare(pictures, list(probe.instructions), proprio=probe.proprio)
+    key = next(iter(policy.action_config.spaces))
+    torch.manual_seed(0)  # diffusion heads draw their noise
+    out = policy.predict_action(**inputs, unnorm_key=key, return_dict=True)
+    if oft_of(policy):
+        return Answers(None, out.token_ids, None, out.normalized, out.actions)
+    if policy.config.model_type == OPENVLA_TYPE:
+        closed = close_prompt(inputs["input_ids"], inputs.get("attention_mask"), policy.config.pad_token_id or 0)
+        inputs |= {"input_ids": closed[0], "attention_mask": closed[1]}
+    ids = np.unique(policy.action_config.vocabulary.token_ids)
+    rows = len(probe.instructions)
+    count = min(len(ids), FORCED)
+    forced = ids[np.linspace(0, len(ids) - 1, count - count % rows or rows).astype(int)].reshape(-1, rows).T
+    replayed = out.token_ids if reference is None else reference.tokens
+    return Answers(
+        _logits(policy, inputs, forced), out.token_ids, _logits(policy, inputs, replayed), out.normalized, out.actions
+    )
+
+
+def oft_of(policy) -> dict[str, Any]:
+    """The options of an OpenVLA-OFT policy, whose heads predict whole chunks; empty for any other."""
+    return policy.config.to_dict().get("oft") or {} if policy.config.model_type == OPENVLA_TYPE else {}
+
+
+@dataclass(frozen=True)
+class Tie:
+    """A greedy token that changed although nothing else did: two tokens were as likely.
+
+    Args:
+        row: of the probe.
+        position: within the chunk's tokens.
+        margin: logit of the reference's token above the other one, for the reference.
+    """
+
+    row: int
+    position: int
+    margin: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How far two sets of answers are apart.
+
+    Args:
+        scale: largest logit of the reference, in absolute value (1.0 for a policy without tokens: normalized actions).
+        difference: largest difference of a logit (of a normalized action).
+        tolerance: largest one allowed, as a share of `scale`.
+        rows: questions.
+        compared: numbers that were compared.
+        ties: greedy tokens that changed within the tolerance.
+        changed: greedy tokens that changed beyond it.
+        action_difference: largest difference of a greedy action in real units, ties included.
+    """
+
+    scale: float
+    difference: float
+    tolerance: float
+    rows: int
+    compared: int
+    ties: tuple[Tie, ...]
+    changed: tuple[Tie, ...]
+    action_difference: float
+
+    @property
+    def equal(self) -> bool:
+        """Whether the two are one policy, up to the tolerance; never where a number is not finite."""
+        return self.difference <= self.tolerance * self.scale and not self.changed
+
+    def text(self) -> str:
+        """One line."""
+        share = self.difference / self.scale
+        ties = f"; {len(self.ties)} near ties fell the other way" if self.ties else ""
+        changed = f"; {len(self.changed)} greedy tokens differ beyond it" if self.changed else ""
+        return (
+            f"largest difference {self.difference:.3g} = {share:.2g} of the largest of {self.compared} numbers "
+            f"(allowed: {self.tolerance:.2g}), greedy actions of {self.rows} frames differ by at most "
+            f"{self.action_difference:.3g}{ties}{changed}"
+        )
+
+
+def compare(reference: Answers, other: Answers, tolerance: float) -> Comparison:
+    """Compare the answers of two versions of a policy.
+
+    A greedy token may differ only where the reference itself held the two tokens for as likely as the tolerance lets
+    two logits move apart: 2 x tolerance x scale. Only the first one of a row counts, what follows has another past.
+    """
+    actions = float(np.abs(reference.actions - other.actions).max())
+    if reference.logits is None or reference.along is None:
+        difference = float(np.abs(reference.normalized - other.normalized).max())
+        return Comparison(1.0, difference, tolerance, len(other.actions), other.normalized.size, (), (), actions)
+    pairs = [(reference.logits, other.logits), (reference.along, other.along)]
+    scale = max(float(np.abs(a).max()) for a, _ in pairs)
+    if not np.isfinite(scale):
+        raise CheckpointError("the logits of the adapter itself are not finite: its weights or its base are broken")
+    difference = float(np.max([np.abs(a - b).max() for a, b in pairs]))  # np.max: NaN stays NaN
+    found = [_first_change(reference, other, row) for row in range(len(reference.tokens))]
+    near = 2 * tolerance * scale
+    return Comparison(
+        scale,
+        difference,
+        tolerance,
+        len(reference.tokens),
+        sum(a.size for a, _ in pairs),
+        tuple(tie for tie in found if tie is not None and tie.margin <= near),
+        tuple(tie for tie in found if tie is not None and not tie.margin <= near),
+        actions,
+    )
+
+
+def _first_change(reference: Answers, other: Answers, row: int) -> Tie | None:
+    length = min(reference.tokens.shape[1], other.tokens.shape[1])
+    a, b = reference.tokens[row, :length], other.tokens[row, :length]
+    if (a == b).all():
+        return None
+    at = int((a != b).argmax())
+    logits = reference.along[row, at]  # type: ignore[index]
+    return Tie(row, at, float(logits[a[at]] - logits[b[at]]))
+
+
+class _Replay(LogitsProcessor):
+    """Lets one given token of each row through at each step."""
+
+    def __init__(self, tokens: torch.Tensor, prompt_length: int):
+        self.tokens, self.prompt_length = tokens, prompt_length
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        wanted = self.tokens[:, input_ids.shape[1] - self.prompt_length].to(scores.device)
+        return torch.full_like(scores, -torch.inf).scatter(1, wanted[:, None], 0.0)  # type: ignore[return-value]
+
+
+@torch.no_grad()
+def _logits(policy, inputs: dict[str, Any], tokens: np.ndarray) -> np.ndarray:
+    """(rows, steps, vocabulary) float32 logits before each of some tokens (rows, steps), which are given."""
+    out = policy.generate(
+        **inputs,
+        logits_processor=LogitsProcessorList([_Replay(torch.from_numpy(tokens), inputs["input_ids"].shape[1])]),
+        max_new_tokens=tokens.shape[1],
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    return torch.stack(out.logits, dim=1).float().cpu().numpy()
+
+
+def _picture(row: int, view: int) -> np.ndarray:
+    """Noise in even rows, gradients in odd ones."""
+    rng = np.random.default_rng([row, view])
+    if row % 2 == 0:
+        return rng.integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
+    y, x = np.mgrid[0:SIZE, 0:SIZE] / (SIZE - 1)
+    weights = rng.uniform(0, 1, (2, 3))
+    return (255 * (y[..., None] * weights[0] + x[..., None] * weights[1]) / weights.sum(axis=0)).astype(np.uint8)
