@@ -13,7 +13,8 @@ from tiny import INSTRUCTIONS, SPACE
 
 from hf_vla_actions import ActionSpace, Context, InfeasibleConstraintError, VQActionTokenizer
 from hf_vla_actions.constraints import Fix, Range, Rate, bind
-from hf_vla_actions.errors import VLAActionsError
+from hf_vla_actions.decoding.ranges import RangesLogitsProcessor
+from hf_vla_actions.errors import ConstraintError, VLAActionsError
 from hf_vla_actions.models.candidates import Chunks, certified
 
 torch.set_num_threads(1)
@@ -199,3 +200,24 @@ def test_candidates_go_to_the_rows_that_need_them():
     out, candidate = certified(bound, first, more, 4, sampled=True)
     assert out.tokens[:, 0].tolist() == [5, 11, 12, 7, 7, 21]  # draws may repeat
     assert candidate.tolist() == [0, 2, 4, 3, 0, 4]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_scores_that_leave_no_choice_raise(policy, value):
+    config = policy.action_config
+    processor = RangesLogitsProcessor(config.tokenizer.code_ranges, config.vocabulary, prompt_length=2)
+    end, n_ids = config.vocabulary.end_token_id, len(policy.processor)
+    for place, codes in enumerate([*config.tokenizer.code_ranges.tolist(), None]):
+        allowed = [end] if codes is None else config.vocabulary.token_ids[slice(*codes)].tolist()
+        scores, ids = torch.randn(2, n_ids), torch.zeros(2, 2 + place, dtype=torch.long)
+        kept = processor(ids, scores)
+        assert np.flatnonzero((kept[1] > -torch.inf).numpy()).tolist() == sorted(allowed)
+        np.testing.assert_array_equal(kept[:, allowed], scores[:, allowed])
+        bad = scores.clone()
+        bad[1, allowed if value == -float("inf") else allowed[:1]] = value
+        with pytest.raises(ConstraintError, match="no action token is left"):
+            processor(ids, bad)
+    with pytest.raises(ConstraintError, match="embeddings were not resized"):
+        processor(ids, torch.zeros(2, int(config.vocabulary.token_ids.max())))
+    with pytest.raises(ConstraintError, match="there are 1 ids"):
+        processor(ids[:, :1], scores)
