@@ -11,7 +11,8 @@ import numpy as np
 
 from hf_vla_actions.config import ActionConfig
 from hf_vla_actions.errors import ActionTokenError
-from hf_vla_actions.metrics import action_metrics, gripper_accuracy, token_accuracy
+from hf_vla_actions.evaluate.agreement import agreement
+from hf_vla_actions.metrics import action_metrics, token_accuracy
 from hf_vla_actions.models.collator import IGNORED
 from hf_vla_actions.tokenizers import FASTActionTokenizer, VQActionTokenizer
 
@@ -75,7 +76,7 @@ def fast_metrics(config: ActionConfig, unnorm_key: str, predicted: np.ndarray, l
     Returns:
         `token_accuracy`, over all tokens and closing tokens; `malformed_chunks`, the share whose most likely tokens, up
         to the first closing one, spell no chunk. Of the others, and left out if there are none: `l1_wellformed`,
-        `l1_normalized_wellformed` and `gripper_accuracy_wellformed`, with an entry for each dimension.
+        `l1_normalized_wellformed`, `gripper_accuracy_wellformed` and so on, with an entry for each dimension.
     """
     real, end = labels != IGNORED, config.vocabulary.end_token_id
     found, wanted = [], []
@@ -113,15 +114,11 @@ def _wellformed(name: str) -> str:
 
 def _errors(config: ActionConfig, unnorm_key: str, found, wanted, pad_mask: np.ndarray) -> dict[str, float]:
     """Errors of chunks, each a pair (normalized, actions) of (n, horizon, dof); pad_mask (n, horizon), True = real."""
-    space = config.space(unnorm_key)
-    metrics = {
-        **action_metrics(found[0], wanted[0], pad_mask, space.names, "l1_normalized"),
-        **action_metrics(found[1], wanted[1], pad_mask, space.names, "l1"),
+    names = config.space(unnorm_key).names
+    return {
+        **action_metrics(found[0], wanted[0], pad_mask, names, "l1_normalized"),
+        **agreement(config, unnorm_key, found[1], wanted[1], pad_mask),
     }
-    if space.gripper is not None:
-        dim, states = space.index(space.gripper.dim), (space.gripper.open, space.gripper.closed)
-        metrics.update(gripper_accuracy(found[1][..., dim], wanted[1][..., dim], pad_mask, *states))
-    return metrics
 
 
 def chunk_metrics(config: ActionConfig, unnorm_key: str, codes: np.ndarray, labels: np.ndarray) -> dict[str, float]:
@@ -134,8 +131,8 @@ def chunk_metrics(config: ActionConfig, unnorm_key: str, codes: np.ndarray, labe
         labels: (n, horizon * dof) demonstrated token ids, -100 on padding.
 
     Returns:
-        Token accuracy, L1 in normalized units and in real units per dimension (`l1/x` is in the unit of x), and the
-        accuracy of the gripper's state where the space names one.
+        Token accuracy, L1 in normalized units and in real units per dimension (`l1/x` is in the unit of x), the share of
+        near bins, and the scores of the gripper where the space names one (see `agreement`).
     """
     space = config.space(unnorm_key)
     chunk = (len(labels), config.horizon, space.dof)
