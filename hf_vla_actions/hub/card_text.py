@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
 from hf_vla_actions.actions import ActionSpace
 from hf_vla_actions.hub.card_facts import HELD_OUT, OF_TRAINING, Facts, data_text, rows
 from hf_vla_actions.models.families import OPENVLA_TYPE
 
 UNKNOWN = "not recorded"
-# Options of a training that others need to repeat it, in the order of the card.
-RECIPE = (
-    *("recipe", "model_name_or_path", "dataset", "unnorm_key", "action_tokenizer", "n_bins", "horizon", "cameras"),
-    *("seed", "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps"),
-    *("world_size", "learning_rate", "lr_scheduler_type", "warmup_steps", "warmup_ratio", "weight_decay"),
-    *("max_grad_norm", "optim", "use_peft", "lora_r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora"),
-    *("load_in_4bit", "freeze_vision", "image_aug", "dtype", "bf16", "eval_episodes", "taco_loss"),
+# Of training.json, in the order of the card; what was asked for beyond it stands in its "options".
+HEADLINES = (
+    "recipe",
+    "recipe_source",
+    "model_name_or_path",
+    "dataset",
+    "unnorm_key",
+    "steps",
+    "batch_size",
+    "world_size",
 )
+HEADLINES += ("learning_rate", "seed")
+SHARES = ("accuracy", "chunks", "precision", "recall", "f1", "bins", "steps")
 
 
 def use(facts: Facts, repository: str, base: str | None) -> str:
@@ -95,9 +101,14 @@ def training(facts: Facts) -> str:
     if weights is not None:
         dtypes = ", ".join(f"{share:.0%} {name}" for name, share in sorted(weights.dtypes.items()))
         lines.append(f"- weights: {weights.parameters:,} numbers ({dtypes})")
-    said = {name: facts.option(name) for name in RECIPE}
+    said = {name: facts.option(name) for name in HEADLINES}
     lines += [f"- {name}: {_value(value)}" for name, value in said.items() if value is not None]
-    if not any(value is not None for value in said.values()):
+    for part in ("options", "versions"):
+        values = facts.training.get(part)
+        if isinstance(values, dict) and values:
+            each = [f"`{name}={_value(value)}`" for name, value in values.items() if name not in HEADLINES]
+            lines.append(f"- {part}: {', '.join(each)}")
+    if not facts.training:
         lines.append(f"- recipe: {UNKNOWN} (there was no training.json beside the weights)")
     return "\n".join(lines) + "\n"
 
@@ -162,7 +173,7 @@ def unit_of(facts: Facts, name: str) -> str:
     """Unit of a metric; "mixed" for errors that average over different units."""
     metric, _, dimension = name.partition("/")
     if "l1" not in metric.split("_") or "normalized" in metric:
-        return "share" if metric.endswith(("accuracy", "chunks", "precision", "recall")) else "-"
+        return "share" if metric.endswith(SHARES) else "-"
     spaces = [space for space in map(facts.space, facts.keys) if space is not None and space.named]
     units: set[str | None] = set()
     for space in spaces:
@@ -213,7 +224,12 @@ def _number(value: float | None) -> str:
 
 
 def _value(value: object) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    """A value in words; of a folder of somebody's machine only its name."""
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(_value, value))
+    if isinstance(value, str) and Path(value).is_absolute():
+        return f"{Path(value).name} (not published)"
+    return str(value)
 
 
 def _file(camera: str) -> str:
