@@ -2,29 +2,39 @@
 
 from __future__ import annotations
 
-import json
-import os
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from accelerate.utils import gather_object
 from torch.utils.data import Dataset, Subset
-from transformers.trainer_utils import get_last_checkpoint
 
 from hf_vla_actions.config import ActionConfig
 from hf_vla_actions.errors import TrainingError
 from hf_vla_actions.models.families import OPENVLA_TYPE
 from hf_vla_actions.train.arguments import LoraArguments, VLATrainingArguments
+from hf_vla_actions.train.checkpoints import UNFINISHED, last_whole, read_seal, remove_unfinished, saving, write_json
 from hf_vla_actions.train.freeze import Frozen, freeze_parts
 from hf_vla_actions.train.lora import add_lora
 from hf_vla_actions.train.record import FILE_NAME as TRAINING_FILE
 from hf_vla_actions.train.trainer import VLATrainer, taco_loss_of
 
+logger = logging.getLogger(__name__)
+
 TRAIN_SAMPLE = 64
 METRICS_FILE = "action_metrics.json"
 OWN_FILES = (
-    *("checkpoint-*", "adapter_*", "model*.safetensors*", "config.json", "action_config.json", METRICS_FILE),
+    *(
+        UNFINISHED,
+        "checkpoint-*",
+        "adapter_*",
+        "model*.safetensors*",
+        "config.json",
+        "action_config.json",
+        METRICS_FILE,
+    ),
     *("fast_tokenizer.json", "vq_tokenizer.*"),
     TRAINING_FILE,
     "dataset_statistics.json",  # of an earlier adapter: it would take the place of the statistics in config.json
@@ -58,16 +68,13 @@ def fine_tune(
     """
     taco_loss_of(policy.action_config, args, policy.action_config.resolve(unnorm_key))  # before an old run is removed
     checkpoint = prepare_output(args)
+    _check_same_checkpoint(checkpoint, args)
     if checkpoint is not None:
         check_same_config(policy.action_config, checkpoint)
+        _tidy_up(checkpoint, args)
     elif args.should_save:
         _remove_old_run(Path(str(args.output_dir)))
-    model = policy
-    if lora is not None and lora.use_peft:
-        model = add_lora(policy, lora)
-    else:
-        frozen = Frozen(args.freeze_vision, args.freeze_language_model, args.freeze_text_embeddings)
-        freeze_parts(policy, frozen, weight_decay=args.weight_decay)
+    model = model_of(policy, args, lora)
     if policy.config.model_type == OPENVLA_TYPE and args.ddp_find_unused_parameters is None:
         # Some of its weights never run (a tower's last block, SigLIP's pooling), and without this several processes
         # would wait for their gradients. Trainer turns it off where activations are checkpointed.
@@ -87,8 +94,18 @@ def fine_tune(
     metrics.update(trainer.evaluate(_sample(train_dataset, args.seed), metric_key_prefix="train"))
     trainer.save_model()
     if trainer.is_world_process_zero():
-        write_json(Path(str(args.output_dir)) / METRICS_FILE, metrics)
+        with saving("the metrics", Path(str(args.output_dir))):
+            write_json(Path(str(args.output_dir)) / METRICS_FILE, metrics)
     return model, metrics
+
+
+def model_of(policy, args: VLATrainingArguments, lora: LoraArguments | None = None) -> Any:
+    """What is trained of a policy: a PEFT model around it, or the policy itself with its frozen parts."""
+    if lora is not None and lora.use_peft:
+        return add_lora(policy, lora)
+    frozen = Frozen(args.freeze_vision, args.freeze_language_model, args.freeze_text_embeddings)
+    freeze_parts(policy, frozen, weight_decay=args.weight_decay)
+    return policy
 
 
 def prepare_output(args: VLATrainingArguments) -> str | None:
@@ -98,13 +115,18 @@ def prepare_output(args: VLATrainingArguments) -> str | None:
         raise TrainingError(f"output_dir {folder} is a file")
     resume = args.resume_from_checkpoint
     if resume not in (None, False, "False", "false"):
-        last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
         if resume in (True, "True", "true"):
+            last, skipped = last_whole(folder) if folder.is_dir() else (None, [])
             if last is None:
-                raise TrainingError(f"there is no checkpoint to resume from in {folder}")
-            return last
+                why = f" ({'; '.join(skipped)})" if skipped else ""
+                raise TrainingError(
+                    f"there is no checkpoint to resume from in {folder}{why}: leave --resume_from_checkpoint out, with "
+                    "--overwrite_output_dir if the folder is not empty, to train anew"
+                )
+            return str(last)
         if not Path(resume).is_dir():
             raise TrainingError(f"there is no checkpoint to resume from at {resume}")
+        read_seal(resume)
         return str(resume)
     if folder.is_dir() and any(folder.iterdir()) and not args.overwrite_output_dir:
         raise TrainingError(
@@ -130,6 +152,30 @@ def check_same_config(config: ActionConfig, checkpoint: str) -> None:
         )
 
 
+def _check_same_checkpoint(checkpoint: str | None, args: VLATrainingArguments) -> None:
+    """Refuse processes that would go on from different checkpoints, as on machines without a common folder."""
+    names = gather_object([None if checkpoint is None else Path(checkpoint).name]) if args.world_size > 1 else []
+    if len(set(names)) > 1:
+        raise TrainingError(
+            f"the processes find different checkpoints {names} in {args.output_dir}: it must be a folder that all of them "
+            "see"
+        )
+
+
+def _tidy_up(checkpoint: str, args: VLATrainingArguments) -> None:
+    """Remove what an interrupted save left, and say what the run goes on from."""
+    folder = Path(str(args.output_dir))
+    if args.resume_from_checkpoint in (True, "True", "true") and args.should_log:
+        for defect in last_whole(folder)[1]:
+            logger.warning("passed over %s", defect)
+    if args.should_save and folder.is_dir():
+        left = remove_unfinished(folder)
+        if left:
+            logger.warning("removed what an interrupted run left unfinished: %s", ", ".join(left))
+    if args.should_log:
+        logger.info("going on from %s", checkpoint)
+
+
 def _remove_old_run(folder: Path) -> None:
     """Remove what an earlier run left where a new one will save: its adapter or weights would be loaded instead."""
     if not folder.is_dir():
@@ -142,10 +188,3 @@ def _remove_old_run(folder: Path) -> None:
 def _sample(dataset, seed: int) -> Dataset:
     rows = np.random.default_rng(seed).permutation(len(dataset))[:TRAIN_SAMPLE]
     return Subset(dataset, sorted(rows.tolist()))
-
-
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(values, indent=1), encoding="utf-8")
-    os.replace(temporary, path)

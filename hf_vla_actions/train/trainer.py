@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer
 
 from hf_vla_actions.config import ActionConfig
 from hf_vla_actions.constraints.text import parse_constraints
@@ -16,10 +15,11 @@ from hf_vla_actions.evaluate.teacher_forced import ids_by_place, metrics_of
 from hf_vla_actions.models import ActionPredictionMixin, load_model, save_adapter
 from hf_vla_actions.train.arguments import VLATrainingArguments
 from hf_vla_actions.train.collator import IGNORED, ActionCollator, action_loss
+from hf_vla_actions.train.resume import ResumableTrainer
 from hf_vla_actions.train.throughput import Throughput
 
 
-class VLATrainer(Trainer):
+class VLATrainer(ResumableTrainer):
     """Trainer for a policy made by `to_vla`, or for a PEFT model around one.
 
     Args:
@@ -79,6 +79,18 @@ class VLATrainer(Trainer):
         """The batches of one step; the time until they are there is measured."""
         with self.throughput.waiting():
             return super().get_batch_samples(*args, **kwargs)
+
+    def sums(self) -> dict[str, Any]:
+        """What this process has summed up since the last line of the log, as JSON."""
+        violation = None if self._violation is None else self._violation.item()
+        return {**super().sums(), "violation": violation, "violation_since": self._violation_since}
+
+    def take_sums(self, sums: dict[str, Any]) -> None:
+        """Go on with the sums of a checkpoint."""
+        super().take_sums(sums)
+        if sums["violation"] is not None:
+            self._violation = torch.tensor(sums["violation"], device=self.args.device)
+            self._violation_since = sums["violation_since"]
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """Log, with `samples_per_second` and `data_wait` (share of the time) beside the loss.
@@ -153,6 +165,8 @@ class VLATrainer(Trainer):
         return model is self.policy and not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
+        if not self.args.should_save:
+            return  # else all processes would write the same files at once
         folder = Path(str(output_dir or self.args.output_dir))
         model = self.accelerator.unwrap_model(self.model)
         if model is self.policy:
