@@ -14,6 +14,9 @@ from hf_vla_actions import FASTActionTokenizer
 from hf_vla_actions.cli import main
 from hf_vla_actions.errors import ActionTokenError
 from hf_vla_actions.tokenizers.fast_fit import largest_error, report, scale_for
+from hf_vla_actions.train.arguments import DataArguments
+from hf_vla_actions.train.setup import open_dataset, space_of, split_episodes, stats_of
+from hf_vla_actions.train.tokens import check_same_space
 
 
 @pytest.fixture(scope="module")
@@ -190,3 +193,29 @@ def test_the_command_ends_with_one_line_and_exit_status_2(robot, tmp_path, capsy
     err = capsys.readouterr().err.strip().splitlines()[-1]
     assert message in err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", ["fit-fast", "fit-vq", "tokens-report"])
+def test_the_commands_see_a_dataset_through_a_transform_as_a_training_does(shared, tmp_path, capsys, command):
+    folder = shared / "data/bridge_rlds"
+    wanted = DataArguments(dataset=str(folder), transform="bridge_orig", eval_fraction=0.2, horizon=4)
+    dataset = open_dataset(wanted)
+    space = space_of(dataset, wanted)
+    train, held_out = split_episodes(dataset, 0.2, 42)
+    argv = [command, "--dataset", str(folder), "--eval_fraction", "0.2"]
+    small = {
+        "fit-fast": ["--horizon", "4", "--no_table", "--output", str(tmp_path / "out")],
+        "fit-vq": ["--horizon", "4", "--steps", "2", "--hidden", "16", "--output", str(tmp_path / "out")],
+        "tokens-report": ["--horizons", "4", "--bins", "16", "--scales", "--codebooks"],
+    }[command]
+    assert main([*argv, *small, "--transform", "bridge_orig"]) == 0
+    out = capsys.readouterr().out
+    if command == "tokens-report":
+        assert f"fitted to {len(train)} episodes, measured on {len(held_out)} others" in out
+        assert "x mm" in out  # the transform says units, the plain folder does not even have names
+    else:
+        stats = stats_of(dataset, space, train, "bounds_q99")["action"]
+        assert check_same_space(tmp_path / "out", stats, space) == 0.0
+    assert main([*argv, *small[:-2], "--output", str(tmp_path / "new"), "--transform", "bridge"]) == 2
+    assert "bridge_orig" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()

@@ -1,4 +1,4 @@
-"""What `hf-vla fit-fast` and `hf-vla fit-vq` share: which chunks, in which space."""
+"""What `hf-vla fit-fast`, `fit-vq` and `tokens-report` share: which chunks, in which space."""
 
 from __future__ import annotations
 
@@ -24,8 +24,23 @@ def add_data_options(options: argparse.ArgumentParser) -> None:
     add("--overwrite", action="store_true", help="replace a tokenizer that is there")
     add("--seed", type=int, default=42, help="of the split and the fit (default: %(default)s)")
     add("--eval_fraction", type=float, default=0.1, help="share of the episodes held out (default: %(default)s)")
+    add_space_options(options)
+
+
+SPACE_OPTIONS = ("dataset", "skip_first", "eval_fraction", "action_key", "transform", "action_names", "action_units")
+SPACE_OPTIONS += ("norm_mode", "gripper", "gripper_open", "gripper_closed")
+
+
+def add_space_options(options: argparse.ArgumentParser) -> None:
+    """Add the options that say what the numbers of a dataset mean: those of `hf-vla train`."""
+    add = options.add_argument
     add("--skip_first", type=int, default=0, help="steps left out at the start of every episode (bridge: 1)")
     add("--action_key", default="action", help="column of the actions (default: %(default)s)")
+    add(
+        "--transform",
+        help="what to do with the dataset's numbers first, as in hf-vla train: bridge_orig, fractal, libero, ..., or your "
+        "own as module:name; it says what the actions mean, so leave out --action_names, --action_units and --gripper*",
+    )
     add("--action_names", nargs="+", help="name of each dimension; default: those of the dataset")
     add("--action_units", nargs="+", help="unit of each dimension, 'none' where there is none: m m m rad rad rad none")
     add("--norm_mode", choices=["bounds_q99", "bounds"], default="bounds_q99", help="what becomes [-1, 1]")
@@ -33,6 +48,12 @@ def add_data_options(options: argparse.ArgumentParser) -> None:
     add("--gripper_open", type=float, default=1.0, help="value of the open gripper (default: %(default)s)")
     add("--gripper_closed", type=float, default=0.0, help="value of the closed gripper (default: %(default)s)")
     add("--no_gripper_binary", action="store_true", help="the gripper takes values between open and closed")
+
+
+def data_arguments(args: argparse.Namespace) -> DataArguments:
+    """The options as those of a training."""
+    values = {name: getattr(args, name) for name in SPACE_OPTIONS}
+    return DataArguments(**values, gripper_binary=not args.no_gripper_binary)
 
 
 @dataclass(frozen=True)
@@ -61,9 +82,7 @@ class FitData:
             args: of `add_data_options`.
             most: chunks of each part; all if None.
         """
-        same = ("dataset", "skip_first", "eval_fraction", "action_key", "action_names", "action_units", "norm_mode")
-        values = {name: getattr(args, name) for name in (*same, "gripper", "gripper_open", "gripper_closed")}
-        data = DataArguments(**values, gripper_binary=not args.no_gripper_binary)
+        data = data_arguments(args)
         dataset = open_dataset(data)
         space = space_of(dataset, data)
         train, held_out = split_episodes(dataset, args.eval_fraction, args.seed)

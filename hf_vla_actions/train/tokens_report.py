@@ -22,7 +22,7 @@ from hf_vla_actions.tokenizers import FASTActionTokenizer, UniformActionTokenize
 from hf_vla_actions.tokenizers.compare import Coder, TokenizerCost, cost_of, energy_shares, text_of
 from hf_vla_actions.tokenizers.fast_dct import coefficient_limit
 from hf_vla_actions.tokenizers.quantile import QuantileBins
-from hf_vla_actions.train.arguments import DataArguments
+from hf_vla_actions.train.fitting import add_space_options, data_arguments
 from hf_vla_actions.train.setup import open_dataset, space_of, split_episodes, stats_of
 
 EPILOG = """\
@@ -58,14 +58,7 @@ def parser() -> argparse.ArgumentParser:
     add("--figure", help="also draw them, to this .png or .pdf")
     add("--seed", type=int, default=42, help="of the split and the fits (default: %(default)s)")
     add("--eval_fraction", type=float, default=0.2, help="share of the episodes held out (default: %(default)s)")
-    add("--skip_first", type=int, default=0, help="steps left out at the start of every episode (bridge: 1)")
-    add("--action_key", default="action", help="column of the actions (default: %(default)s)")
-    add("--action_names", nargs="+", help="name of each dimension; default: those of the dataset")
-    add("--action_units", nargs="+", help="unit of each dimension, 'none' where there is none: m m m rad rad rad none")
-    add("--norm_mode", choices=["bounds_q99", "bounds"], default="bounds_q99", help="what becomes [-1, 1]")
-    add("--gripper", help="name or index of the gripper's dimension, 'none' if there is none")
-    add("--gripper_open", type=float, default=1.0, help="value of the open gripper (default: %(default)s)")
-    add("--gripper_closed", type=float, default=0.0, help="value of the closed gripper (default: %(default)s)")
+    add_space_options(options)
     return options
 
 
@@ -79,8 +72,7 @@ def main(argv: list[str] | None = None) -> int:
     for path in filter(None, (args.output, args.figure)):
         if not Path(path).absolute().parent.is_dir():
             raise TrainingError(f"there is no folder {Path(path).parent} to write {path} to: make it first")
-    names = ("dataset", "skip_first", "eval_fraction", "action_key", "action_names", "action_units", "norm_mode")
-    data = DataArguments(**{n: getattr(args, n) for n in (*names, "gripper", "gripper_open", "gripper_closed")})
+    data = data_arguments(args)
     dataset = open_dataset(data)
     space = space_of(dataset, data)
     parts = split_episodes(dataset, args.eval_fraction, args.seed)
