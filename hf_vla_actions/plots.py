@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -248,3 +249,78 @@ def plot_action_histograms(actions: np.ndarray, dimensions, ax=None, *, n_bins: 
         panel.locator_params(axis="x", nbins=4)
         panel.spines[["top", "right"]].set_visible(False)
     return panels
+
+
+def plot_offline(reports: Mapping[str, Any]):
+    """Predicted against demonstrated values, a panel for each dimension, and how the error goes along the chunk.
+
+    Args:
+        reports: label to OfflineReport, all of one policy; the first is drawn on top and alone along the chunk.
+
+    Returns:
+        A matplotlib Figure.
+    """
+    if not reports:
+        raise VLAActionsError("there is no report to draw")
+    first = next(iter(reports.values()))
+    space = first.space
+    columns = min(4, space.dof + 1)
+    lines = -(-(space.dof + 1) // columns)
+    figure, axes = new_figure(lines, columns, figsize=(3.3 * columns, 2.9 * lines), squeeze=False)
+    panels = axes.ravel()
+    for dim, panel in enumerate(panels[: space.dof]):
+        for i, (label, report) in reversed(list(enumerate(reports.items()))):
+            pair = [values[..., dim][report.pad_mask] for values in (report.demonstrated, report.predicted)]
+            plot_agreement(*pair, panel, color=("C0", "0.6", "C1")[i % 3], label=label)
+        unit = space.units[dim]
+        panel.set_title(f"{space.names[dim]} [{unit}]" if unit else space.names[dim], fontsize=9, loc="left")
+    panels[0].legend(frameon=False, fontsize=8)
+    plot_error_by_step(
+        first.error_by_step / np.where(first.width > 0, first.width, np.nan), space.names, panels[space.dof]
+    )
+    for empty in panels[space.dof + 1 :]:
+        empty.remove()
+    return figure
+
+
+def plot_agreement(demonstrated: np.ndarray, predicted: np.ndarray, ax=None, *, color: str = "C0", label=None):
+    """Predicted values over demonstrated ones: on the dashed line they are equal.
+
+    Args:
+        demonstrated: (n,).
+        predicted: (n,).
+        ax: Axes to draw on.
+        color: of the dots.
+        label: for a legend.
+    """
+    ax = new_figure()[1] if ax is None else ax
+    alpha = float(np.clip(60 / max(len(predicted), 1), 0.08, 0.8))
+    dots = ax.plot(demonstrated, predicted, ".", ms=4, mew=0, color=color, alpha=alpha, zorder=3)
+    dots[0].set_rasterized(True)
+    ax.plot([], [], "o", ms=4, color=color, label=label)
+    ax.axline((0, 0), slope=1, color="0.3", lw=0.7, ls="--", zorder=1)
+    ax.set(xlabel="demonstrated", ylabel="predicted")
+    ax.locator_params(nbins=4)
+    ax.spines[["top", "right"]].set_visible(False)
+    return ax
+
+
+def plot_error_by_step(error: np.ndarray, names: Sequence[str], ax=None):
+    """Mean absolute error at each step of a chunk.
+
+    Args:
+        error: (horizon, dof) as shares of each dimension's range; NaN where there is none.
+        names: (dof) of the dimensions.
+        ax: Axes to draw on.
+    """
+    ax = new_figure()[1] if ax is None else ax
+    steps = np.arange(1, len(error) + 1)
+    for name, column in zip(names, 100 * np.asarray(error).T, strict=True):
+        if not np.isnan(column).all():
+            ax.plot(steps, column, marker="o", ms=3, lw=1.2, label=name)
+    ax.set(xlabel="step of the chunk", ylabel="mean error [% of range]", xlim=(0.5, len(error) + 0.5))
+    ax.set_ylim(bottom=0)
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.legend(frameon=False, fontsize=7, ncols=2)
+    ax.spines[["top", "right"]].set_visible(False)
+    return ax

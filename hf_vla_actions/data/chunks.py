@@ -130,6 +130,19 @@ class ChunkDataset:
         """
         return self._chunks(slice(None) if items is None else items)
 
+    def previous_actions(self, items: np.ndarray | None = None) -> np.ndarray:
+        """The action demonstrated one step before each chunk.
+
+        Args:
+            items: (n,) which ones; all if None.
+
+        Returns:
+            (n, dof) float64, real units; NaN where the chunk begins with the first step that is used of its episode.
+        """
+        rows, starts = (each[slice(None) if items is None else items] for each in (self._rows, self._starts))
+        first = rows - 1 < starts + self.skip_first
+        return np.where(first[:, None], np.nan, self.dataset.actions[np.maximum(rows - 1, 0)])
+
     def _chunks(self, which: slice | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         rows = self._rows[which, None] + np.arange(self.horizon)
         stops = self._stops[which, None]

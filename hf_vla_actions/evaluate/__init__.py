@@ -1,4 +1,4 @@
-"""How good a policy is: closed loop over any Gymnasium environment."""
+"""How good a policy is: against demonstrations, and closed loop over any Gymnasium environment."""
 
 from hf_vla_actions.evaluate.rollouts import Rollout, rollouts
 

@@ -7,13 +7,18 @@ tokenizer is fitted.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
+import torch
 
 from hf_vla_actions.config import ActionConfig
 from hf_vla_actions.errors import ActionTokenError
 from hf_vla_actions.evaluate.agreement import agreement
 from hf_vla_actions.metrics import action_metrics, token_accuracy
-from hf_vla_actions.models.collator import IGNORED
+from hf_vla_actions.models.collator import IGNORED, ActionCollator
 from hf_vla_actions.tokenizers import FASTActionTokenizer, VQActionTokenizer
 
 
@@ -78,18 +83,10 @@ def fast_metrics(config: ActionConfig, unnorm_key: str, predicted: np.ndarray, l
         to the first closing one, spell no chunk. Of the others, and left out if there are none: `l1_wellformed`,
         `l1_normalized_wellformed`, `gripper_accuracy_wellformed` and so on, with an entry for each dimension.
     """
-    real, end = labels != IGNORED, config.vocabulary.end_token_id
-    found, wanted = [], []
-    for ids, demonstrated, here in zip(predicted, labels, real, strict=True):
-        ended = np.flatnonzero(ids[here] == end)
-        if not len(ended):
-            continue
-        try:
-            chunk = config.decode([ids[here][: ended[0]]], unnorm_key)
-        except ActionTokenError:  # an id that is no action token, or codes that spell no chunk
-            continue
-        found.append(chunk)
-        wanted.append(config.decode([demonstrated[here][:-1]], unnorm_key))
+    real = labels != IGNORED
+    good = list(wellformed_chunks(config, unnorm_key, predicted, labels))
+    found = [chunk for _, chunk in good]
+    wanted = [config.decode([labels[i][real[i]][:-1]], unnorm_key) for i, _ in good]
     metrics = {
         "token_accuracy": float((predicted == labels)[real].mean()),
         "malformed_chunks": 1.0 - len(found) / len(labels),
@@ -99,6 +96,21 @@ def fast_metrics(config: ActionConfig, unnorm_key: str, predicted: np.ndarray, l
     every = np.ones((len(found), config.horizon), dtype=bool)
     errors = _errors(config, unnorm_key, _stacked(found), _stacked(wanted), every)
     return {**metrics, **{_wellformed(name): value for name, value in errors.items()}}
+
+
+def wellformed_chunks(
+    config: ActionConfig, unnorm_key: str, predicted: np.ndarray, labels: np.ndarray
+) -> Iterator[tuple[int, tuple[np.ndarray, np.ndarray]]]:
+    """Index and pair (normalized, actions) of each row of FAST tokens that spells a chunk up to its first closing one."""
+    end = config.vocabulary.end_token_id
+    for i, (ids, here) in enumerate(zip(predicted, labels != IGNORED, strict=True)):
+        ended = np.flatnonzero(ids[here] == end)
+        if not len(ended):
+            continue
+        try:
+            yield i, config.decode([ids[here][: ended[0]]], unnorm_key)
+        except ActionTokenError:  # an id that is no action token, or codes that spell no chunk
+            continue
 
 
 def _stacked(pairs: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
@@ -144,3 +156,98 @@ def chunk_metrics(config: ActionConfig, unnorm_key: str, codes: np.ndarray, labe
         **token_accuracy(codes.reshape(chunk), true_codes, pad_mask, space.names),
         **_errors(config, unnorm_key, found, config.decode(ids, unnorm_key), pad_mask),
     }
+
+
+@dataclass(frozen=True, eq=False)
+class Told:
+    """Chunks whose tokens were each predicted from the demonstrated ones before them.
+
+    Args:
+        predicted: (n, n_tokens) as `metrics_of` takes it.
+        labels: (n, labels) demonstrated token ids, -100 on padding.
+        actions: (n, horizon, dof) what the predictions say, real units; NaN where they spell no chunk.
+        coded: (n, horizon, dof) the demonstrations, coded and decoded again.
+    """
+
+    predicted: np.ndarray
+    labels: np.ndarray
+    actions: np.ndarray
+    coded: np.ndarray
+
+    @property
+    def wellformed(self) -> np.ndarray:
+        """(n,) bool: the predictions spell a chunk."""
+        return np.isfinite(self.actions).all(axis=(1, 2))
+
+    def metrics(self, config: ActionConfig, unnorm_key: str) -> dict[str, float]:
+        """Token accuracy, and with FAST the share of malformed chunks."""
+        found = metrics_of(config, unnorm_key, self.predicted, self.labels)
+        return {n: value for n, value in found.items() if n.startswith(("token_accuracy", "malformed_chunks"))}
+
+    @classmethod
+    def joined(cls, parts: Sequence[Told]) -> Told | None:
+        """One of several batches, shorter label rows padded; None of none."""
+        if not parts:
+            return None
+        tables = {}
+        for name in ("predicted", "labels"):
+            rows = [getattr(part, name) for part in parts]
+            longest = max(row.shape[1] for row in rows)
+            padded = [np.pad(r, ((0, 0), (0, longest - r.shape[1])), constant_values=IGNORED) for r in rows]
+            tables[name] = np.concatenate(padded)
+        return cls(
+            **tables,
+            actions=np.concatenate([part.actions for part in parts]),
+            coded=np.concatenate([part.coded for part in parts]),
+        )
+
+
+@torch.no_grad()
+def tell(policy: Any, unnorm_key: str, samples: Sequence[dict[str, Any]]) -> Told | None:
+    """Predict each token of demonstrated chunks from those before it, in one pass, as training does.
+
+    Args:
+        policy: in eval mode.
+        unnorm_key: which statistics and action space.
+        samples: of a `ChunkDataset`.
+
+    Returns:
+        None for an OpenVLA-OFT policy: it sees no token of the chunk that it predicts.
+    """
+    config = policy.action_config
+    if getattr(policy.config, "oft", None) is not None:
+        return None
+    batch = ActionCollator(policy.prompts, unnorm_key)(samples)
+    labels, _ = batch.pop("labels"), batch.pop("sample_ids")
+    for name, value in batch.items():
+        if isinstance(value, torch.Tensor):
+            batch[name] = value.to(policy.device, policy.dtype if value.is_floating_point() else None)
+    predicted = likeliest(policy(**batch).logits, labels, torch.tensor(ids_by_place(config, unnorm_key))).cpu().numpy()
+    rows = labels.numpy()
+    demonstrated = np.stack([sample["actions"] for sample in samples])
+    actions = np.full(demonstrated.shape, np.nan)
+    if isinstance(config.tokenizer, FASTActionTokenizer):
+        for i, chunk in wellformed_chunks(config, unnorm_key, predicted, rows):
+            actions[i] = chunk[1][0]
+    else:
+        places = ids_by_place(config, unnorm_key)
+        ids = np.take_along_axis(places[None], predicted[..., None], axis=2)[..., 0]
+        actions[:] = config.decode(ids, unnorm_key)[1]
+    coded = config.decode(config.encode(demonstrated, unnorm_key), unnorm_key)[1]
+    return Told(predicted, rows, actions, coded)
+
+
+def likeliest(logits: torch.Tensor, labels: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """(batch, n_tokens) most likely code of each action token, given the demonstrated ones before it.
+
+    With FAST: (batch, labels) most likely id of the whole vocabulary, as a decoder sees it that nothing guides.
+
+    Args:
+        logits: (batch, labels + 1 or more, vocabulary).
+        labels: (batch, labels) of the collator.
+        ids: from `ids_by_place`.
+    """
+    if not len(ids):
+        return logits[:, -labels.shape[1] - 1 : -1].argmax(dim=-1)
+    wanted = logits[:, -labels.shape[1] - 1 : -2]
+    return wanted.gather(-1, ids.to(wanted.device).expand(len(wanted), -1, -1)).argmax(dim=-1)
