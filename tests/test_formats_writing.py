@@ -380,6 +380,18 @@ def test_command(tmp_path, capsys):
     assert "written" not in capsys.readouterr().out
 
 
+def test_command_takes_its_output_wherever_it_stands_and_describes_files_without_names(tmp_path, capsys):
+    entry = variant().to_dict()["robot"]
+    source, out = tmp_path / "alone.json", str(tmp_path / "named.json")
+    source.write_text(json.dumps(entry))
+    assert cli.main(["convert-stats", str(source)]) == 0
+    assert "(a dataset without a name): mode bounds_q99, 3 dims" in capsys.readouterr().out
+    assert cli.main(["convert-stats", str(source), out]) == 2
+    assert "--key NAME" in capsys.readouterr().err
+    assert cli.main(["convert-stats", str(source), "--key", "robot", out]) == 0
+    assert read_stats(out).stats == variant()
+
+
 @pytest.mark.parametrize("wrong", [["nothing.json"], ["IN", "out", "--to", "pi0_processor"], ["IN", "--key", "x"]])
 def test_command_ends_in_one_line(tmp_path, capsys, wrong):
     source = str(variant().save(tmp_path))

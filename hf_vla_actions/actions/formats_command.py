@@ -17,6 +17,7 @@ example:
 IN is a statistics file, or the folder of a dataset, checkpoint or policy; its format is found by its content. What the
 other format cannot hold is an error, and with --lossy a warning. Formats:
 """
+UNNAMED = "(a dataset without a name)"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -45,9 +46,10 @@ def parser() -> argparse.ArgumentParser:
 @one_line_errors
 def main(argv: list[str] | None = None) -> int:
     """Read, describe, write; what cannot be done ends in one line and exit status 2."""
-    args = parser().parse_args(argv)
+    args = parser().parse_intermixed_args(argv)  # OUT may stand behind options
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    file = read_stats(args.input, key=args.key, format=args.format, mode=args.mode, dof=args.dof)
+    unnamed = UNNAMED if args.output is None else None
+    file = read_stats(args.input, key=args.key, format=args.format, mode=args.mode, dof=args.dof, unnamed=unnamed)
     sys.stdout.write(file.description + "\n")
     if args.output is not None:
         target = args.to or "openvla"

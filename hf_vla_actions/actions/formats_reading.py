@@ -45,6 +45,7 @@ def read_stats(
     format: str | None = None,
     mode: str | None = None,
     dof: int | None = None,
+    unnamed: str | None = None,
 ) -> StatsFile:
     """Read a statistics file, or the one of a dataset or policy folder.
 
@@ -55,22 +56,29 @@ def read_stats(
         mode: how the statistics are used: "bounds_q99", "bounds" or "normal". None: what the file says, else what the
             users of the format do by default; an assumed mode is among the warnings.
         dof: dimensions, for RoboVLMs' scalars.
+        unnamed: what a dataset without a name is called where `key` is None: for a look at it, not for policies. None
+            makes that an error.
 
     Raises:
         StatsError: an unknown or ambiguous file, a malformed or incomplete one, or a meaning that has no place here.
     """
-    return parse_stats(Document.open(find_file(Path(path))), key, format, mode, dof)
+    return parse_stats(Document.open(find_file(Path(path))), key, format, mode, dof, unnamed)
 
 
 def parse_stats(
-    content: Any, key: str | None = None, format: str | None = None, mode: str | None = None, dof: int | None = None
+    content: Any,
+    key: str | None = None,
+    format: str | None = None,
+    mode: str | None = None,
+    dof: int | None = None,
+    unnamed: str | None = None,
 ) -> StatsFile:
     """Read content that is in memory, such as `processor.to_dict()` of a PI0Processor; arguments as in `read_stats`."""
     document = content if isinstance(content, Document) else Document(content)
     name = detect_format(document, format)
     kind = format_of(name)
     reading = kind.read(document, Wish(key, mode, dof), kind.modes)
-    reading = _name(reading, key, document)
+    reading = _name(reading, unnamed if key is None and None in reading.entries else key, document)
     stats = NormStats({str(k): entry for k, entry in reading.entries.items()})
     warnings = reading.warnings
     if mode is None and len(kind.modes) > 1 and name not in SAY_MODE:
@@ -86,7 +94,9 @@ def _name(reading: Reading, key: str | None, document: Document) -> Reading:
     names: dict[str | None, Names]
     if None in reading.entries:
         if key is None:
-            raise StatsError(f"{document} describes one dataset without a name; pass key='...' to name it")
+            raise StatsError(
+                f"{document} describes one dataset without a name; pass key='...' (--key NAME) to name it"
+            )
         chosen = {key: reading.entries[None], **{name: reading.entries[name] for name in named}}
         names = {key if name is None else name: value for name, value in reading.names.items()}
     elif key is None or key in named:
