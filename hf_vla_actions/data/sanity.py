@@ -41,11 +41,11 @@ class Dimension:
         name: of the dimension.
         unit: its unit.
         min: smallest value.
-        low: what becomes -1.
+        low: what becomes -1 (mean - std where mean and std normalize).
         mean: of all rows.
-        high: what becomes 1.
+        high: what becomes 1 (mean + std).
         max: largest value.
-        clipped: share of the rows below `low` or above `high`.
+        clipped: share of the rows below `low` or above `high`; 0 where mean and std normalize, which clip nothing.
         kind: "constant", "binary", "delta", "absolute" or "unknown": what the numbers look like, whatever was declared.
     """
 
@@ -105,7 +105,7 @@ class SanityReport:
         lines += [f"  PROBLEM  {text}" for text in self.problems]
         lines += [f"  note     {text}" for text in self.notes]
         if not self.problems:
-            lines.append("  nothing that speaks against training on it")
+            lines.append(f"  nothing that speaks against training on it{', but read the notes' if self.notes else ''}")
         return "\n".join(lines) + "\n"
 
 
@@ -150,14 +150,17 @@ def check_numbers(
     if used.dof != space.dof:
         raise DatasetError(f"statistics of {used.dof} dimensions for actions of {space.dof}")
     if used.horizon is not None:
-        raise DatasetError("statistics of each step of a chunk say nothing about single actions: give those of actions")
+        raise DatasetError(
+            "statistics of each step of a chunk say nothing about single actions: give those of actions"
+        )
     low, high = used.unnormalize(-np.ones(space.dof)), used.unnormalize(np.ones(space.dof))
     normalized = np.asarray(used.mask)
     kinds = guess_kinds(x, states, episodes)
     dimensions = []
     for d in range(space.dof):
         column = x[finite, d]
-        clipped = np.mean((column < low[d]) | (column > high[d])) if normalized[d] else 0.0
+        outside = np.mean((column < low[d]) | (column > high[d]))
+        clipped = outside if normalized[d] and used.mode != "normal" else 0.0
         dimensions.append(
             Dimension(
                 name=space.names[d],
@@ -171,7 +174,7 @@ def check_numbers(
                 kind=kinds[d],
             )
         )
-    bad, odd = _ranges(x[finite], dimensions, used, own is not used, space)
+    bad, odd = _ranges(x[finite], dimensions, used, own, space)
     problems += bad
     notes += odd
     notes += list(_meaning(x, episodes, space, kinds))
@@ -206,9 +209,11 @@ def _not_finite(x: np.ndarray, episodes: tuple[Span, ...], space: ActionSpace | 
 
 
 def _ranges(
-    x: np.ndarray, dimensions: list[Dimension], stats: ActionStats, given: bool, space: ActionSpace
+    x: np.ndarray, dimensions: list[Dimension], stats: ActionStats, own: ActionStats, space: ActionSpace
 ) -> tuple[list[str], list[str]]:
     problems, notes = [], []
+    if stats.mode == "normal":
+        notes.append("normalized by mean and std: low and high are one std from the mean, and nothing is clipped")
     constant = [d.name for d in dimensions if d.kind == "constant"]
     if constant:
         notes.append(f"constant, so that no token can move them: {', '.join(constant)}")
@@ -235,8 +240,13 @@ def _ranges(
                 f"{d.name!r} moves by {2 * half:.2g} around {d.low:.4g}: noise of rounding would fill the whole range; "
                 "leave it constant or out"
             )
-        if d.clipped > CLIPPED and given:
+        if d.clipped > CLIPPED and stats is not own:
             problems.append(f"{d.clipped:.1%} of {d.name!r} lie outside the given statistics: they are of other data")
+        if stats.mode == "normal" and _is_other(d, half, own.std[i]):  # type: ignore[index]
+            problems.append(
+                f"{d.name!r} has mean {d.mean:.4g} and std {own.std[i]:.4g}, the given statistics "  # type: ignore[index]
+                f"{d.low + half:.4g} and {half:.4g}: they are of other data"
+            )
     binary = [i for i in range(x.shape[1]) if normalized[i] and i != gripper and dimensions[i].kind == "binary"]
     if binary:
         values = ", ".join(
@@ -244,6 +254,11 @@ def _ranges(
         )
         notes.append(f"two values, normalized like continuous numbers; a gripper wants to be declared: {values}")
     return problems, notes
+
+
+def _is_other(d: Dimension, std: float, own_std: float) -> bool:
+    """Whether mean and std are clearly not those of a dimension: a std away, or thrice as wide or as narrow."""
+    return abs(d.mean - (d.low + d.high) / 2) > max(std, own_std) or not std / 3 <= own_std <= 3 * std
 
 
 def _meaning(x: np.ndarray, episodes: tuple[Span, ...], space: ActionSpace, kinds: list[str]) -> Iterator[str]:
@@ -286,9 +301,7 @@ def _times(
     problems, notes = [], []
     measured = 1 / middle
     if rate_hz is not None and abs(measured / rate_hz - 1) > 0.02:
-        problems.append(
-            f"declared {rate_hz:g} Hz, but its timestamps are {measured:.4g} Hz apart: deltas mean another speed"
-        )
+        problems.append(f"declared {rate_hz:g} Hz, but {measured:.4g} Hz by its timestamps: deltas mean another speed")
     gaps = np.flatnonzero(inside & (np.abs(steps - middle) > 0.5 * middle))
     if len(gaps):
         starts = np.array([e.start for e in episodes])

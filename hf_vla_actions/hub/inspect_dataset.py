@@ -11,13 +11,16 @@ from pathlib import Path
 
 import numpy as np
 
-from hf_vla_actions.actions import NormStats
-from hf_vla_actions.data import open_dataset
+from hf_vla_actions.actions import ActionStats
+from hf_vla_actions.actions.formats import read_stats
+from hf_vla_actions.actions.stats import MODES
+from hf_vla_actions.data import EpisodeReader, open_dataset
 from hf_vla_actions.data.declare import add_space_options, space_from
 from hf_vla_actions.data.sanity import check_numbers
 from hf_vla_actions.plots import plot_action_histograms
 
 MARKS = ("meta/info.json", "features.json", "*/features.json")  # of LeRobot's and of TensorFlow's datasets
+logger = logging.getLogger(__name__)
 EPILOG = """\
 example:
   hf-vla inspect ./my_robot --action_units m m m rad rad rad none --action_kind delta --figure numbers.png
@@ -50,6 +53,7 @@ def parser() -> argparse.ArgumentParser:
         "--stats", help="statistics file that will normalize it; default: its own 1st and 99th percentile"
     )
     options.add_argument("--unnorm_key", help="which of the statistics in --stats")
+    options.add_argument("--mode", choices=MODES, help="how --stats are used (default: what the file says)")
     options.add_argument("--bins", type=int, default=64, help="bin edges drawn into the figure (default: %(default)s)")
     options.add_argument("--figure", help="draw a histogram of every dimension to this .png or .pdf")
     options.add_argument("--json", action="store_true", help="print the report as JSON")
@@ -61,7 +65,7 @@ def main(argv: list[str]) -> int:
     args = parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     dataset = open_dataset(args.dataset, action_key=args.action_key, transform=args.transform)
-    stats = None if args.stats is None else NormStats.from_file(args.stats)[args.unnorm_key]["action"]
+    stats = None if args.stats is None else _stats(args, dataset)
     report = check_numbers(
         dataset.actions,
         dataset.episodes,
@@ -76,6 +80,14 @@ def main(argv: list[str]) -> int:
     if args.figure:
         _draw(Path(args.figure), dataset.actions, report.dimensions, args.bins)
     return 1 if report.problems else 0
+
+
+def _stats(args: argparse.Namespace, dataset: EpisodeReader) -> ActionStats:
+    """The statistics that are to normalize the dataset; a file of one dataset needs no name."""
+    file = read_stats(args.stats, mode=args.mode, dof=dataset.dof, unnamed=args.unnorm_key or dataset.name)
+    for text in file.warnings:
+        logger.warning("%s: %s", args.stats, text)
+    return file.stats[args.unnorm_key]["action"]
 
 
 def _draw(path: Path, actions: np.ndarray, dimensions, bins: int) -> None:
