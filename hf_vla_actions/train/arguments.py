@@ -271,6 +271,13 @@ class VLATrainingArguments(TrainingArguments):
             "the permanent limits of the policy."
         },
     )
+    dry_run: bool = field(
+        default=False,
+        metadata={
+            "help": "Say what would be done, and stop before any weight is loaded: trained numbers of each part, memory, "
+            "steps, tokens a sample, and what is odd about the dataset."
+        },
+    )
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Train into a folder that is not empty."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Kept false: pictures are columns too."})
     logging_steps: float = field(default=10, metadata={"help": "Steps between two lines of the log."})
