@@ -7,9 +7,11 @@ from pathlib import Path
 
 import huggingface_hub
 import numpy as np
+import openvla_golden as og
 import pytest
 from huggingface_hub import ModelCard, metadata_load
-from tiny import NAMES, SPACE, STATS, tiny_llama, tiny_llava
+from PIL import Image
+from tiny import NAMES, SPACE, STATS, picture, tiny_llama, tiny_llava
 from writable_hub import WritableHub
 
 import hf_vla_actions
@@ -202,6 +204,27 @@ def test_text_only_policies_and_grippers_of_other_kinds(tmp_path):
     assert "Image" not in text.split("```")[1]
     assert "-1 is open, 1 is closed (commands that change it, halfway keeps it)" in text
     assert "AutoModelForCausalLM" in text
+
+
+def test_the_code_of_a_card_of_the_original_openvla_runs(tmp_path, monkeypatch):
+    folder = tmp_path / "original"
+    folder.mkdir()
+    og.write_hub_folder(folder, og.tiny_config(), og.tiny_model().state_dict())
+    (folder / "dataset_statistics.json").write_text(json.dumps(NormStats({"lab": {"action": STATS}}).to_dict()))
+    text = make_card(folder)
+    heads, rows = table_of(text, 'unnorm_key="lab"`')
+    assert heads[-1] == "normalized range of the training data"
+    assert rows[0] == ["dim_0", "not recorded", "not recorded", "not recorded", "-0.0287 .. 0.0283"]
+    assert rows[6][-1] == "-1 .. 1 (not normalized)"
+    assert "after `import hf_vla_actions`, `AutoModelForImageTextToText" in text
+    Image.fromarray(picture(0)).save(tmp_path / "camera_0.png")
+    monkeypatch.chdir(tmp_path)
+    code = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
+    assert "# (7,), units below" in code
+    names = {}
+    exec(code, names)
+    assert names["actions"].shape == (7,)
+    assert names["policy"]({"images": names["images"], "instruction": "pick up the red block"}).shape == (7,)
 
 
 @pytest.mark.parametrize(

@@ -143,11 +143,12 @@ def _draw(ax: Any, key: str, space: ActionSpace, low: np.ndarray, high: np.ndarr
     ax.barh(places, (high - low) / scale, left=low / scale, color="C0", height=0.5)
     ax.axvline(0, color="0.6", lw=0.8)
     for place, unit in enumerate(space.units):
-        text = f"{low[place]:.3g} .. {high[place]:.3g} {unit or ''}".strip()
+        ends = f"{low[place]:.3g} .. {high[place]:.3g}" if low[place] != high[place] else f"constant {low[place]:.3g}"
+        text = f"{ends} {unit or ''}".strip()
         ax.text(1.08, place, text, va="center", fontsize=8)
         ax.plot(low[place] / scale[place], place, "|", color="C0", ms=9) if low[place] == high[place] else None
     ax.set(yticks=places, yticklabels=space.names, xlim=(-1.05, 1.9), xticks=[-1, 0, 1], title=key)
-    ax.set_xlabel("range of the training data, each dimension by itself")
+    ax.set_xlabel("range of the training data, relative to its largest value")
     ax.invert_yaxis()
 
 
