@@ -23,7 +23,7 @@ from hf_vla_actions.tokenizers import (
     UniformActionTokenizer,
     VQActionTokenizer,
 )
-from hf_vla_actions.tokenizers.fast_length import fewest_codes
+from hf_vla_actions.tokenizers.fast_length import fewest_codes, most_codes
 
 FILE_NAME = "action_config.json"
 FORMAT_VERSION = 1
@@ -55,7 +55,7 @@ class ActionConfig:
         cameras: names of the pictures that the policy was trained on, in their order; empty if nobody has said.
         chat: put the prompt into the chat template of the model's processor, if it has one.
         token_budget: with FAST, the most action tokens of a chunk that a policy may take, by `unnorm_key`: what the
-            chunks of its training took, and some more (`tokenizers.fast_length.code_budget`). A key that is left out may take one a number.
+            chunks of its training (up to 20,000 of them) took, and some more (`tokenizers.fast_length.code_budget`). A key that is left out may take as many as any chunk can (`most_codes`).
 
     All of it is checked when it is made, saved as `action_config.json` and read again by `from_pretrained`.
     """
@@ -129,8 +129,8 @@ class ActionConfig:
         for key, budget in self.token_budget.items():
             if key not in self.norm_stats:
                 raise VLAActionsError(f"token_budget of {key!r}: norm_stats has {sorted(self.norm_stats)}")
-            most = self.horizon * self.spaces[key].dof
-            least = fewest_codes(tokenizer, most)
+            most = most_codes(tokenizer, self.horizon, self.spaces[key].dof)
+            least = fewest_codes(tokenizer, self.horizon * self.spaces[key].dof)
             if isinstance(budget, bool) or not isinstance(budget, (int, np.integer)) or not least <= budget <= most:
                 raise VLAActionsError(
                     f"token_budget of {key!r}: chunks of {self.horizon} x {self.spaces[key].dof} take {least} to {most} "
@@ -181,11 +181,11 @@ class ActionConfig:
     def max_tokens(self, unnorm_key: str | None = None) -> int:
         """Most action tokens of one chunk, without the closing token.
 
-        Where their number varies: `token_budget`, or else one a number.
+        Where their number varies: `token_budget`, or else as many as any chunk can take.
         """
         if isinstance(self.tokenizer, FASTActionTokenizer):
             key = self.resolve(unnorm_key)
-            return int(self.token_budget.get(key, self.horizon * self.spaces[key].dof))
+            return int(self.token_budget.get(key, most_codes(self.tokenizer, self.horizon, self.spaces[key].dof)))
         return self.n_tokens(unnorm_key)
 
     def _need_numbers(self, what: str) -> None:

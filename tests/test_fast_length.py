@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from test_fast import byte_tokenizer
 from test_fast_processor import smooth
 from tiny import INSTRUCTIONS, SPACE, STATS, sharpen, tiny_tokenizer
 from tiny_families import FAMILIES
@@ -20,7 +21,7 @@ from hf_vla_actions import (
 )
 from hf_vla_actions.constraints import Fix, Range
 from hf_vla_actions.errors import ConstraintError, VLAActionsError
-from hf_vla_actions.tokenizers.fast_length import code_budget, fewest_codes
+from hf_vla_actions.tokenizers.fast_length import code_budget, fewest_codes, most_codes
 
 HORIZON, DOF = 6, 7
 
@@ -68,6 +69,33 @@ def test_a_budget_has_room_for_what_was_seen_and_for_standing_still(fast):
     rough = np.random.default_rng(0).uniform(-1, 1, (50, HORIZON, DOF))
     assert code_budget(fast, rough) == HORIZON * DOF, "one code a number always suffices"
     assert code_budget(fast, np.zeros((1, 1, DOF))) == DOF
+
+
+BYTES = {
+    "single bytes": (byte_tokenizer(), 2),
+    "one byte a number": (byte_tokenizer(min_token=-40), 1),
+    "a token across two numbers": (byte_tokenizer(merges=[(b"\x9a", b"\xc5")]), 2),
+    "four bytes a number": (byte_tokenizer(min_token=-0x10000 - 50), 4),
+}
+
+
+@pytest.mark.parametrize("kind", BYTES)
+def test_tokenizers_of_bytes_have_room_for_all_bytes(kind):
+    tokenizer, each = BYTES[kind]
+    most = most_codes(tokenizer, HORIZON, DOF)
+    assert most == HORIZON * DOF * each
+    chunks = np.random.default_rng(2).uniform(-1, 1, (40, HORIZON, DOF))
+    longest = max(map(len, tokenizer.encode(chunks)))
+    assert longest <= code_budget(tokenizer, chunks) <= most
+    quiet = code_budget(tokenizer, np.zeros((1, HORIZON, DOF)))
+    for value in np.linspace(-1, 1, 5):
+        assert len(tokenizer.encode(np.full((HORIZON, DOF), value))[0]) <= quiet
+    model, text = FAMILIES["llama"](0)
+    vla = to_vla(model, text, config_of(tokenizer, text)).eval()
+    assert vla.action_config.max_tokens() == most
+    said = vla.predict_action(**vla.prepare(None, INSTRUCTIONS[0]), return_dict=True)
+    assert (said.token_ids == vla.action_config.vocabulary.end_token_id).any()
+    assert config_of(tokenizer, token_budget={"my_robot": quiet}).max_tokens() == quiet
 
 
 def test_budgets_are_saved_and_old_files_have_none(fast, tmp_path):

@@ -205,6 +205,7 @@ def load_policy(
     if isinstance(config.tokenizer, FASTActionTokenizer):
         actions, _ = chunks_of(dataset, config.horizon, parts[0], data_args.skip_first, seed)
         budget = code_budget(config.tokenizer, entry["action"].normalize(actions))
+        budget = max(budget, config.token_budget.get(key, 0))  # what it was trained on before, it may still say
         logger.info("a chunk may take %d tokens (one for each number would be %d)", budget, config.horizon * space.dof)
         config = replace(config, token_budget={**config.token_budget, key: budget})
     logger.info("actions of %r: %s", key, "; ".join(space.describe(i) for i in range(space.dof)))
