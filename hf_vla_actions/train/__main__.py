@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 from transformers import HfArgumentParser, set_seed
 
 from hf_vla_actions.errors import TrainingError, one_line_errors
+from hf_vla_actions.models.native import load_outline
 from hf_vla_actions.train.arguments import (
     LORA_LEARNING_RATE,
     DataArguments,
@@ -16,9 +21,13 @@ from hf_vla_actions.train.arguments import (
     ModelArguments,
     VLATrainingArguments,
 )
+from hf_vla_actions.train.config_file import ConfigFile, take_config, unknown_option
 from hf_vla_actions.train.lora import quantized_loading
-from hf_vla_actions.train.recipes import asked_recipe, log_differences
-from hf_vla_actions.train.run import fine_tune, prepare_output
+from hf_vla_actions.train.plan import check_possible, make_plan
+from hf_vla_actions.train.recipes import Recipe, asked_recipe, log_differences
+from hf_vla_actions.train.record import FILE_NAME as TRAINING_FILE
+from hf_vla_actions.train.record import Steps, training_record
+from hf_vla_actions.train.run import fine_tune, model_of, prepare_output, write_json
 from hf_vla_actions.train.setup import chunk_datasets, load_policy, open_dataset
 
 DESCRIPTION = """\
@@ -29,9 +38,12 @@ example, LoRA on every GPU of the machine:
     --output_dir ./policy --use_peft --lora_r 64 --lora_alpha 16 --lora_dropout 0.05 --bf16 \\
     --action_units m m m rad rad rad none --action_kind delta
 
-example, OpenVLA with its published LoRA recipe:
+example, OpenVLA with its published LoRA recipe, first only what it would do:
   accelerate launch -m hf_vla_actions.train --model_name_or_path openvla/openvla-7b --recipe openvla-lora \\
-    --dataset ./my_robot --cameras image_0 --output_dir ./policy
+    --dataset ./my_robot --cameras image_0 --output_dir ./policy --dry_run
+
+example, options in a YAML or JSON file (lines such as "lora_r: 64"); those of the command line win:
+  hf-vla train config.yaml --learning_rate 1e-4
 
 example, two processes on CPU:
   ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no \\
@@ -44,40 +56,134 @@ example, chunks of 8 actions as FAST tokens that are fitted to the data first:
 Without --use_peft all weights are trained. Every option of Transformers' TrainingArguments can be given too.
 """
 
+NOT_GIVEN = object()
+
+
+class Parser(HfArgumentParser):
+    """Says what is wrong in one line, instead of naming every option first."""
+
+    def error(self, message: str):
+        """Refuse."""
+        raise TrainingError(message)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a command line asks for.
+
+    Args:
+        model: which model.
+        data: which dataset.
+        lora: which adapter.
+        args: how it is trained.
+        recipe: the published training it starts from.
+        published: options of the recipe.
+        config_file: where options were read from.
+        options: those of the recipe, the file and the command line, by name.
+    """
+
+    model: ModelArguments
+    data: DataArguments
+    lora: LoraArguments
+    args: VLATrainingArguments
+    recipe: Recipe | None
+    published: dict[str, Any]
+    config_file: ConfigFile | None
+    options: dict[str, Any]
+
+
+def parse(argv: Sequence[str]) -> Asked:
+    """Read a command line, and the file of options that it may begin with.
+
+    Raises:
+        TrainingError: an option that does not exist, or a value that is not possible.
+    """
+    groups = [ModelArguments, DataArguments, LoraArguments, VLATrainingArguments]
+    parser = Parser(
+        groups,  # type: ignore[arg-type]
+        prog="hf-vla train",
+        usage="hf-vla train [CONFIG.yaml | CONFIG.json] [--OPTION VALUE ...]",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    known = [f.name for group in groups for f in fields(group) if f.init]
+    argv, config_file = take_config(argv, known)
+    asked = asked_recipe(argv)
+    recipe, published = (None, {}) if asked is None else asked
+    parser.set_defaults(**published)
+    try:
+        *parsed, rest = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    except TrainingError:
+        raise
+    except ValueError as error:  # of TrainingArguments, such as bf16 on a device that has none
+        raise TrainingError(" ".join(str(error).split())) from None
+    for word in rest:
+        if word.startswith("--") or rest[0] is word:
+            raise TrainingError(unknown_option(word.lstrip("-").partition("=")[0].replace("-", "_"), known))
+    model, data, lora, args = parsed
+    parser.set_defaults(**dict.fromkeys(known, NOT_GIVEN))
+    said = {name for name, value in vars(parser.parse_args(argv)).items() if value is not NOT_GIVEN}
+    given = {f.name: getattr(group, f.name) for group in parsed for f in fields(group) if f.name in said}
+    return Asked(model, data, lora, args, recipe, published, config_file, {**published, **given})
+
 
 @one_line_errors
 def main(argv: list[str] | None = None) -> int:
     """Parse the options, fine-tune, save; what is wrong with the options ends in one line and exit status 2."""
-    from argparse import RawDescriptionHelpFormatter
-
-    parser = HfArgumentParser(
-        [ModelArguments, DataArguments, LoraArguments, VLATrainingArguments],  # type: ignore[list-item]
-        prog="hf-vla train",
-        description=DESCRIPTION,
-        formatter_class=RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    argv = sys.argv[1:] if argv is None else argv
-    asked = asked_recipe(argv)
-    if asked is not None:
-        parser.set_defaults(**asked[1])
-    model_args, data_args, lora_args, args = parser.parse_args_into_dataclasses(argv)
+    asked = parse(sys.argv[1:] if argv is None else argv)
+    args = asked.args
     logging.basicConfig(level=args.get_process_log_level(), format="%(levelname)s %(name)s: %(message)s")
     if args.log_level == "passive" and args.should_log:
         logging.getLogger("hf_vla_actions").setLevel(logging.INFO)  # what is fitted and found, before the first step
-    if asked is not None:
-        log_differences(*asked, (model_args, lora_args, args))
-    if lora_args.use_peft and not args.learning_rate_was_given:
+    if asked.recipe is not None:
+        log_differences(asked.recipe, asked.published, (asked.model, asked.data, asked.lora, args))
+    if asked.lora.use_peft and not args.learning_rate_was_given:
         args.learning_rate = LORA_LEARNING_RATE
     set_seed(args.seed)
     prepare_output(args)
-    if Path(model_args.model_name_or_path).resolve() == Path(str(args.output_dir)).resolve():
+    if Path(asked.model.model_name_or_path).resolve() == Path(str(args.output_dir)).resolve():
         raise TrainingError("output_dir is the folder of the model itself; train into another one")
-    dataset = open_dataset(data_args)
-    model_args.dtype = model_args.dtype or ("auto" if lora_args.use_peft else "float32")
-    policy, key = load_policy(model_args, data_args, dataset, args.seed, **quantized_loading(lora_args, args))
-    train_dataset, eval_dataset = chunk_datasets(dataset, data_args, policy.action_config.horizon, args.seed)
-    fine_tune(policy, train_dataset, args, lora=lora_args, eval_dataset=eval_dataset, unnorm_key=key)
+    asked.model.dtype = asked.model.dtype or ("auto" if asked.lora.use_peft else "float32")
+    dataset = open_dataset(asked.data)
+    check_possible(dataset, asked.data.horizon, asked.data.skip_first)
+    return _plan(asked, dataset) if args.dry_run else _train(asked, dataset)
+
+
+def _train(asked: Asked, dataset) -> int:
+    args = asked.args
+    policy, key = load_policy(asked.model, asked.data, dataset, args.seed, **quantized_loading(asked.lora, args))
+    train_dataset, eval_dataset = chunk_datasets(dataset, asked.data, policy.action_config.horizon, args.seed)
+    steps = Steps()
+    fine_tune(
+        policy, train_dataset, args, lora=asked.lora, eval_dataset=eval_dataset, unnorm_key=key, callbacks=[steps]
+    )
+    if args.process_index == 0:
+        record = training_record(
+            asked.options,
+            [asked.model, asked.data, asked.lora, args],
+            recipe=asked.recipe,
+            config_file=asked.config_file,
+            steps=steps.done,
+            unnorm_key=key,
+        )
+        write_json(Path(str(args.output_dir)) / TRAINING_FILE, record)
+    return 0
+
+
+def _plan(asked: Asked, dataset) -> int:
+    """Write what the training would do. Everything is checked as it would be, on a model without weights."""
+    args, model_args = asked.args, asked.model
+    if model_args.action_tokenizer == "vq":
+        model_args = replace(model_args, vq_steps=1)  # how well it fits changes no number of the plan
+    lora = replace(asked.lora, lora_init=None)  # some ways to start need the weights
+    options = quantized_loading(asked.lora, args)
+    policy, key = load_policy(model_args, asked.data, dataset, args.seed, load=load_outline, **options)
+    chunks, held_out = chunk_datasets(dataset, asked.data, policy.action_config.horizon, args.seed)
+    model = model_of(policy, args, lora)
+    plan = make_plan(model, policy, key, dataset, chunks, held_out, args, lora)
+    if args.process_index == 0:
+        sys.stdout.write(plan.text())
     return 0
 
 
