@@ -268,7 +268,7 @@ def test_depth_maps_of_v2_are_no_cameras(v2):
 @pytest.mark.parametrize(
     ("groups", "names"),
     [
-        ({"arm": {"start": 0, "end": 2}}, ["arm_0", "arm_1"]),
+        ({"arm": {"start": 0, "end": 2}}, ["arm.0", "arm.1"]),
         ({"arm": {"start": 0, "end": 1}, "gripper": {"start": 1, "end": 2}}, ["arm", "gripper"]),
         ({"gripper": {"start": 1, "end": 2}}, ["x", "gripper"]),
         ({"arm": {"start": 0, "end": 2, "original_key": "other"}}, ["x", "y"]),

@@ -124,12 +124,12 @@ def test_groots_demonstrations_have_the_facts_that_their_notes_state(groot, capl
     assert len(dataset.instructions) == 5  # "valid" labels another column
     assert dataset.action_names == dataset.state_names
     assert [dataset.action_names[i] for i in (0, 6, 7, 19, 22, 43)] == [
-        "left_arm_0",
-        "left_arm_6",
-        "left_hand_0",
-        "neck_0",
-        "right_arm_0",
-        "waist_2",
+        "left_arm.0",
+        "left_arm.6",
+        "left_hand.0",
+        "neck.0",
+        "right_arm.0",
+        "waist.2",
     ]
     varies = np.ptp(dataset.actions, axis=0) > 0
     assert np.flatnonzero(varies).tolist() == [*range(7), *range(22, 34)]

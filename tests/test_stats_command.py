@@ -17,7 +17,8 @@ from hf_vla_actions.actions.compute import (
     relative_columns,
     to_relative,
 )
-from hf_vla_actions.data import LeRobotDataset, LeRobotWriter, number_stream
+from hf_vla_actions.actions.formats import read_stats
+from hf_vla_actions.data import LeRobotDataset, LeRobotWriter, number_stream, open_dataset
 from hf_vla_actions.data.dataset_stats import Request, measure
 from hf_vla_actions.data.number_stream import open_numbers
 from hf_vla_actions.data.stats_command import main
@@ -235,7 +236,7 @@ def test_no_video_is_needed(shared, tmp_path):
         shutil.copytree(root / folder, copy / folder)
     found = measure(copy, Request("groot"), progress=False)
     stats = json.loads((root / "meta/stats.json").read_text())
-    assert (found.rows, found.episodes, found.names[0]) == (2096, 5, "left_arm_0")
+    assert (found.rows, found.episodes, found.names[0]) == (2096, 5, "left_arm.0")
     for name, key in (("action", "action"), ("proprio", "observation.state")):
         for stat in ("mean", "std", "min", "max"):
             np.testing.assert_allclose(getattr(found.stats[name], stat), stats[key][stat], rtol=1e-5, atol=1e-6)
@@ -246,6 +247,54 @@ def test_rlds_folders_are_read_too(shared):
     found = measure(shared / "data/bridge_rlds/1.0.0", Request("bridge"), progress=False)
     assert (found.rows, found.episodes) == (250, 25)
     np.testing.assert_allclose(found.stats["action"].quantile(0.01)[:3], [-0.01634, -0.02015, -0.01831], atol=5e-6)
+
+
+def test_a_transform_comes_first_as_in_training(shared, tmp_path, capsys):
+    bridge = str(shared / "data/bridge_sample")
+    options = ["--transform", "bridge_orig"]
+    assert main([bridge, *options, "--output", str(tmp_path / "whole.json")]) == 0
+    dataset = open_dataset(bridge, cameras=[], transform="bridge_orig")
+    assert read(tmp_path / "whole.json") == compute_norm_stats(dataset)["bridge_sample"]
+    for i in (1, 2):
+        assert main(["--output", str(tmp_path / f"{i}.json"), *options, bridge, "--shard", f"{i}/2"]) == 0
+    assert (
+        main(["--merge", *(str(tmp_path / f"{i}.json") for i in (2, 1)), "--output", str(tmp_path / "all.json")]) == 0
+    )
+    assert (tmp_path / "all.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
+    assert main([bridge, "--shard", "1/2", "--output", str(tmp_path / "raw.json")]) == 0
+    capsys.readouterr()
+    assert main(["--merge", str(tmp_path / "raw.json"), str(tmp_path / "2.json")]) == 2
+    assert "same options" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("form", ["groot", "groot_relative", "hf_vla"])
+def test_names_of_dimensions_go_into_the_formats_that_have_them(form, shared, tmp_path, capsys):
+    robot = str(shared / "data/groot_demo_v2/demo_data/robot_sim.PickNPlace")
+    options = ["--horizon", "3", "--relative"] if form == "groot_relative" else []
+    output = str(tmp_path / "out.json")
+    command = [robot, *options, "--mode", "bounds", "--format", form, "--output", output]
+    if form == "groot_relative":
+        assert main(command) == 2
+        assert "(--lossy)" in capsys.readouterr().err  # it has no place for the state
+    assert main([*command, "--lossy"]) == 0
+    file = read_stats(output, key="robot" if form == "groot_relative" else None)
+    (key,) = file.stats
+    assert file.names[key]["action"] == tuple(open_dataset(robot, cameras=[]).action_names)
+    assert file.stats[key]["action"].constant.shape == ((3, 44) if options else (44,))
+    np.testing.assert_array_equal(
+        file.stats[key]["action"].max,
+        compute_norm_stats(open_dataset(robot, cameras=[]), horizon=3 if options else None, relative=bool(options))[
+            "robot_sim.PickNPlace"
+        ]["action"].max,
+    )
+
+
+@pytest.mark.parametrize("passes", [[], ["--pass_through", "gripper"]])
+def test_a_gripper_that_is_normalized_is_said(robot, passes, capsys):
+    assert main([str(robot), *passes]) == 0
+    said = capsys.readouterr().out
+    assert ("'gripper' is normalized like the other dimensions" in said) is not bool(passes)
+    assert ("not normalized" in said) is bool(passes)
 
 
 def with_envelopes(root):
@@ -378,6 +427,10 @@ def test_shards_that_do_not_belong_together_raise(robot, tmp_path, capsys):
         (["ROBOT", "--shard", "9/9", "--output", "OUT"], "use fewer shards"),
         (["ROBOT", "--write-lerobot", "--shard", "1/2"], "--write-lerobot"),
         (["ROBOT", "--relative"], "--horizon"),
+        (["--horizon", "2", "--relative", "ROBOT"], "put the dataset before it"),
+        (["ROBOT", "--write-lerobot", "--transform", "bridge_orig"], "or --transform"),
+        (["--merge", "THERE", "--transform", "bridge_orig"], "from the parts"),
+        (["ROBOT", "--transform", "bridge_orig"], "expects 7 dimensions"),
         (["ROBOT", "--horizon", "99"], "shorter than the horizon"),
         (["ROBOT", "--horizon", "0"], "at least 1"),
         (["ROBOT", "--horizon", "2", "--relative", "z"], "no dimension 'z'"),

@@ -72,7 +72,7 @@ def write_stats(
         lost.append(f"what tells it from other formats, so that format={format!r} is needed to read it")
     if lost and not lossy:
         raise StatsError(
-            f"{format} cannot hold {'; '.join(lost)}: nothing was written. pass lossy=True to write the rest, or choose "
+            f"{format} cannot hold {'; '.join(lost)}: nothing was written. pass lossy=True (--lossy) to write the rest, or choose "
             "format='hf_vla', which holds everything"
         )
     if lost or unused:

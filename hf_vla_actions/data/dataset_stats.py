@@ -33,6 +33,7 @@ class Request:
         relative: dimensions of the chunks that are relative to the state at their first step; None for absolute ones.
         shard: (i, n), the i-th part of n of the episodes, from 1.
         exact_rows: see `RunningStats`.
+        transform: what is done with the numbers first, see `open_dataset`.
     """
 
     key: str | None = None
@@ -41,6 +42,7 @@ class Request:
     relative: tuple[int, ...] | None = None
     shard: tuple[int, int] = (1, 1)
     exact_rows: int = 1_000_000
+    transform: str | None = None
 
     def __post_init__(self):
         i, n = self.shard
@@ -182,7 +184,7 @@ def measure(path: str | Path, request: Request, workers: int = 1, progress: bool
         workers: processes, which share the files out among them.
         progress: show a progress bar on stderr.
     """
-    stream = open_numbers(path, request.action_key)
+    stream = open_numbers(path, request.action_key, request.transform)
     request = replace(request, key=request.key or stream.name)
     if request.relative is not None:
         _columns(stream, request)  # raises before anything is read
@@ -207,7 +209,7 @@ def measure(path: str | Path, request: Request, workers: int = 1, progress: bool
 
 def measure_files(path: str, files: Sequence[Path], request: Request) -> Measured:
     """What one process does: statistics of some files of a dataset."""
-    return _measure_files(open_numbers(path, request.action_key), files, request, None)
+    return _measure_files(open_numbers(path, request.action_key, request.transform), files, request, None)
 
 
 def _columns(stream: NumberStream, request: Request) -> list[int | None]:

@@ -110,7 +110,7 @@ def dimension_names(feature: dict[str, Any]) -> list[str] | None:
 
 
 def group_names(path: Path, section: str, key: str, length: int, names: Sequence[str] | None) -> list[str] | None:
-    """Names of dimensions by the groups of GR00T's `meta/modality.json`: `left_arm_0`, or `gripper` for a group of one.
+    """Names of dimensions by the groups of GR00T's `meta/modality.json`: `left_arm.0`, or `gripper` for a group of one.
 
     Source: Isaac-GR00T, getting_started/data_preparation.md (groups of columns, end exclusive).
 
@@ -143,7 +143,7 @@ def group_names(path: Path, section: str, key: str, length: int, names: Sequence
                     "%s: group %r of %s overlaps another; the names of info.json stand", path, group, section
                 )
                 return None if names is None else list(names)
-            found[dim] = group if stop - start == 1 else f"{group}_{dim - start}"
+            found[dim] = group if stop - start == 1 else f"{group}.{dim - start}"
     if not found:
         return None if names is None else list(names)
     return [found.get(dim) or (names[dim] if names else f"{key}_{dim}") for dim in range(length)]

@@ -155,10 +155,10 @@ class LeRobotNumbers(NumberStream):
 
 
 class ReaderNumbers(NumberStream):
-    """Numbers of a dataset of another format, which its reader holds in memory."""
+    """Numbers of a dataset of another format, or seen through a transform, which its reader holds in memory."""
 
-    def __init__(self, path: str | Path, action_key: str | None = None):
-        self._reader = open_dataset(path, cameras=[], action_key=action_key)
+    def __init__(self, path: str | Path, action_key: str | None = None, transform: str | None = None):
+        self._reader = open_dataset(path, cameras=[], action_key=action_key, transform=transform)
         self.root, self.name = self._reader.root, self._reader.name
         self.n_frames = self._reader.n_frames
         self.action_key, self.files = "action", (self.root,)
@@ -182,11 +182,17 @@ class ReaderNumbers(NumberStream):
                 yield episode.index, {key: self._vectors[key][episode.start : episode.stop] for key in keys}
 
 
-def open_numbers(path: str | Path, action_key: str | None = None) -> NumberStream:
-    """The numbers of a dataset of any format, found out from what lies in its folder."""
-    if (Path(path).expanduser() / "meta" / "info.json").is_file():
+def open_numbers(path: str | Path, action_key: str | None = None, transform: str | None = None) -> NumberStream:
+    """The numbers of a dataset of any format, found out from what lies in its folder.
+
+    Args:
+        path: the folder.
+        action_key: feature that holds the actions; None for the usual one of the format.
+        transform: see `open_dataset`; all numbers are in memory then.
+    """
+    if transform is None and (Path(path).expanduser() / "meta" / "info.json").is_file():
         return LeRobotNumbers(path, action_key)
-    return ReaderNumbers(path, action_key)
+    return ReaderNumbers(path, action_key, transform)
 
 
 def _may_hold(group: Any, shard: Shard) -> bool:

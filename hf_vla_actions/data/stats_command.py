@@ -12,14 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from hf_vla_actions.actions import ActionStats, NormStats
+from hf_vla_actions.actions import NormStats
 from hf_vla_actions.actions.compute import mixture_stats
-from hf_vla_actions.actions.formats import FORMATS
+from hf_vla_actions.actions.formats import FORMATS, write_stats
 from hf_vla_actions.actions.stats import MODES
 from hf_vla_actions.data.dataset_stats import Measured, Request, measure, merge_shards
-from hf_vla_actions.data.lerobot_folder import BOOKKEEPING
 from hf_vla_actions.data.number_stream import open_numbers
-from hf_vla_actions.data.stats_repair import Repair, missing_pictures, repair_stats
+from hf_vla_actions.data.stats_repair import repair_stats
+from hf_vla_actions.data.stats_text import measured_text, repair_text, table
 from hf_vla_actions.errors import StatsError, one_line_errors
 
 EPILOG = """\
@@ -35,7 +35,7 @@ Only the columns of actions and states are read, never a picture or a video. Qua
 beyond that their rank is within the error that is shown. Merged shards give the same as one pass.
 """
 MIXTURE = "mixture"
-SHOWN = ("mean", "std", "min", "q01", "q50", "q99", "max")
+NAMED = ("hf_vla", "groot", "groot_dataset", "groot_relative")  # formats with names of dimensions
 
 
 def parser() -> argparse.ArgumentParser:
@@ -56,6 +56,7 @@ def parser() -> argparse.ArgumentParser:
         choices=sorted(FORMATS),
         help="of the output (default: openvla, or hf_vla with --horizon or another --mode)",
     )
+    add("--lossy", action="store_true", help="write what the format can hold, and warn of the rest")
     add("--overwrite", action="store_true", help="replace the output if it is there")
     add("--workers", type=int, default=1, help="processes that share the data files (default: %(default)s)")
     add("--shard", metavar="i/n", help="compute the i-th part of n only (every n-th episode)")
@@ -63,6 +64,7 @@ def parser() -> argparse.ArgumentParser:
     add("--keys", nargs="+", metavar="KEY", help="unnorm_key of each dataset (default: names of the folders)")
     add("--weights", nargs="+", type=float, help=f"add the entry {MIXTURE!r}: rows drawn from the datasets with these")
     add("--action_key", help="feature that holds the actions (default: the usual one of the format)")
+    add("--transform", help="what to do with the numbers first, such as bridge_orig, as in hf-vla train and inspect")
     add("--horizon", type=int, help="statistics of every step of a chunk of this many steps")
     add(
         "--relative",
@@ -90,12 +92,12 @@ def parser() -> argparse.ArgumentParser:
 @one_line_errors
 def main(argv: list[str] | None = None) -> int:
     """Compute, merge or repair, and print a table; what is wrong ends in one line and exit status 2."""
-    args = parser().parse_args(argv)
+    args = parser().parse_intermixed_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     _check(args)
     if args.write_lerobot:
         for path in args.datasets:
-            sys.stdout.write(_repair_text(repair_stats(path), path))
+            sys.stdout.write(repair_text(repair_stats(path), path))
         return 0
     measured = merge_shards([Measured.load(path) for path in args.merge]) if args.merge else _measure_all(args)
     if args.shard:
@@ -107,29 +109,40 @@ def main(argv: list[str] | None = None) -> int:
         )
         return 0
     entries = {str(part.request.key): _entry(part, args) for part in measured}
-    text = "".join(_text(part, entries[str(part.request.key)]) for part in measured)
+    text = "".join(measured_text(part, entries[str(part.request.key)]) for part in measured)
     if args.weights:
         entries[MIXTURE] = _mixture(measured, args)
         text += f"{MIXTURE!r} of {dict(zip(entries, args.weights, strict=False))}:\n"
-        text += _table(entries[MIXTURE]["action"], measured[0].names)
+        text += table(entries[MIXTURE]["action"], measured[0].names)
     if args.output is not None:
         plain = args.mode == "bounds_q99" and all(part.request.horizon is None for part in measured)
         form = args.format or ("openvla" if plain else "hf_vla")
-        text += f"saved to {NormStats(entries).save(args.output, form)} (format {form})\n"
+        names = {key: _names(part) for key, part in zip(entries, [*measured, measured[0]], strict=False)}
+        written = write_stats(
+            NormStats(entries), args.output, form, names=names if form in NAMED else None, lossy=args.lossy
+        )
+        text += f"saved to {written[0]} (format {form})\n"
     sys.stdout.write(text)
     return 0
 
 
 def _check(args: argparse.Namespace) -> None:
     """Refuse options that contradict each other before anything is read."""
+    if not args.datasets and args.relative:
+        raise StatsError(
+            f"--relative takes all that follows for dimensions, here {args.relative}: put the dataset before it"
+        )
     if bool(args.datasets) == bool(args.merge):
         raise StatsError("give datasets, or the files to --merge, not both (hf-vla stats --help shows examples)")
-    if args.write_lerobot and (args.merge or args.shard or args.horizon or args.output or args.weights):
+    if args.write_lerobot and (
+        args.merge or args.shard or args.horizon or args.output or args.weights or args.transform
+    ):
         raise StatsError(
             "--write-lerobot writes meta/stats.json of the datasets from all their rows: it takes no --output, --merge, "
-            "--shard, --horizon or --weights"
+            "--shard, --horizon, --weights or --transform"
         )
-    if args.merge and (args.shard or args.horizon or args.relative is not None or args.keys or args.action_key):
+    taken = (args.shard, args.horizon, args.relative is not None, args.keys, args.action_key, args.transform)
+    if args.merge and any(taken):
         raise StatsError("--merge takes horizon, keys and dimensions from the parts: leave those options out")
     if args.shard and (len(args.datasets) != 1 or args.output is None or args.weights):
         raise StatsError("--shard computes a part of one dataset for a later --merge, and needs --output")
@@ -154,10 +167,11 @@ def _measure_all(args: argparse.Namespace) -> list[Measured]:
     for path, key in zip(args.datasets, keys, strict=True):
         relative = None
         if args.relative is not None:
-            stream = open_numbers(path, args.action_key)
+            stream = open_numbers(path, args.action_key, args.transform)
             dof = stream.lengths[stream.action_key]
             relative = tuple(_dims(args.relative or range(dof), stream.names(stream.action_key), dof))
-        request = Request(key, args.action_key, args.horizon, relative, _shard(args.shard), args.exact_rows)
+        shard = _shard(args.shard)
+        request = Request(key, args.action_key, args.horizon, relative, shard, args.exact_rows, args.transform)
         found.append(measure(path, request, args.workers))
         if found[-1].request.key in {MIXTURE, *(part.request.key for part in found[:-1])}:
             raise StatsError(f"each dataset needs a key of its own, {found[-1].request.key!r} is taken: pass --keys")
@@ -201,6 +215,12 @@ def _entry(part: Measured, args: argparse.Namespace) -> dict[str, Any]:
     return {"action": action, "proprio": proprio, "num_trajectories": part.episodes}
 
 
+def _names(part: Measured) -> dict[str, tuple[str, ...]]:
+    """Names of the dimensions, as far as the dataset has some."""
+    given = {"action": part.names, "proprio": part.state_names if "proprio" in part.stats else None}
+    return {vector: names for vector, names in given.items() if names is not None}
+
+
 def _mixture(measured: Sequence[Measured], args: argparse.Namespace) -> dict[str, Any]:
     if len(args.weights) != len(measured):
         raise StatsError(f"{len(args.weights)} weights for {len(measured)} datasets")
@@ -215,86 +235,6 @@ def _mixture(measured: Sequence[Measured], args: argparse.Namespace) -> dict[str
         "proprio": mixture_stats(states, args.weights, mode=args.mode) if states is not None and alike else None,
         "num_trajectories": sum(part.episodes for part in measured),
     }
-
-
-def _text(part: Measured, entry: dict[str, Any]) -> str:
-    """The table of one dataset with what one must know about it."""
-    request, running = part.request, part.stats["action"]
-    of = "actions" if request.horizon is None else f"chunks of {request.horizon} actions"
-    if request.relative is not None:
-        relative = [part.names[dim] if part.names else dim for dim in request.relative]
-        of += f" relative to the state at their first step in {relative}"
-    lines = [f"{request.key!r}: {running.count} {of}, {part.episodes} episodes, {part.rows} rows"]
-    lines.append(
-        "quantiles are exact"
-        if running.exact
-        else f"quantiles have the right rank within {running.rank_error:.1e} (sketch of {running.count} rows)"
-    )
-    if part.short:
-        lines.append(f"{part.short} episodes are shorter than the horizon and gave no chunk")
-    still = np.flatnonzero(entry["action"].constant.all(axis=0) if request.horizon else entry["action"].constant)
-    if len(still):
-        lines.append(f"constant dimensions: {[part.names[i] if part.names else int(i) for i in still]}")
-    text = "\n".join(lines) + "\n" + _table(entry["action"], part.names)
-    if entry["proprio"] is not None:
-        text += "states\n" + _table(entry["proprio"], part.state_names)
-    return text
-
-
-def _table(stats: ActionStats, names: Sequence[str] | None) -> str:
-    """One line a dimension; of chunks the first and the last step."""
-    vectors = {name: getattr(stats, name) for name in SHOWN if name != "q50"}
-    if stats.running is not None:
-        vectors["q50"] = stats.running.quantile(0.5)
-    shown = [name for name in SHOWN if name in vectors]
-    labels = [str(name) for name in names or range(stats.dof)]
-    steps = [None] if stats.horizon is None else sorted({0, stats.horizon - 1})
-    lines = []
-    for step in steps:
-        if step is not None:
-            lines.append(f"step {step} of 0 to {(stats.horizon or 0) - 1}")
-        width = max(len(label) for label in [*labels, "dimension"])
-        lines.append("dimension".ljust(width) + f"{'count':>11}" + "".join(f"{name:>12}" for name in shown))
-        for dim, label in enumerate(labels):
-            values = [vectors[name][dim] if step is None else vectors[name][step, dim] for name in shown]
-            passes = "" if np.asarray(stats.mask)[dim] else "  not normalized"
-            lines.append(
-                label.ljust(width) + f"{stats.count:>11}" + "".join(f"{value:>12.5g}" for value in values) + passes
-            )
-    return "\n".join(lines) + "\n"
-
-
-def _repair_text(repair: Repair, path: str) -> str:
-    """What was changed, with the widths of [q01, q99] before and after."""
-    lines = [f"{repair.path} written" + (f", the old one is {repair.backup.name}" if repair.backup else "")]
-    names = {key: open_numbers(path).names(key) for key in repair.after}
-    for key, bounds in repair.after.items():
-        if key in BOOKKEEPING:
-            continue
-        widening = repair.widening(key)
-        if widening is None:
-            lines.append(f"{key}: had no q01 and q99")
-            continue
-        lines.append(f"{key}: width of [q01, q99]")
-        lines.append(f"  {'dimension':<16}{'before':>12}{'after':>12}{'before/after':>14}")
-        before = np.ptp(repair.before[key], axis=0)
-        labels = names[key] or range(len(before))
-        for label, old, new, factor in zip(labels, before, np.ptp(bounds, axis=0), widening, strict=True):
-            share = "constant" if np.isnan(factor) else f"{factor:.3f}"
-            lines.append(f"  {label!s:<16}{old:>12.5g}{new:>12.5g}{share:>14}")
-    lines.append(f"also written: {[key for key in repair.after if key in BOOKKEEPING]}")
-    if repair.added:
-        lines.append(f"new entries: {list(repair.added)}")
-    if repair.kept:
-        lines.append(f"left as they were: {list(repair.kept)}")
-    without = missing_pictures(path)
-    if without:
-        lines.append(f"cameras without statistics, which are not computed here: {without}")
-    if (repair.path.parent / "episodes_stats.jsonl").is_file():
-        lines.append(
-            "lerobot reads episodes_stats.jsonl of a v2.1 dataset, not this file; convert it to v3.0 to use it"
-        )
-    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":
