@@ -23,6 +23,10 @@ COMMANDS = {
         "hf_vla_actions.train.tokens_report",
         "compare action tokenizers on a dataset: tokens, millimeters, degrees",
     ),
+    "eval": (
+        "hf_vla_actions.evaluate.offline_command",
+        "how well a policy predicts what was demonstrated, and repeats what it saw (--offline)",
+    ),
     "predict": ("hf_vla_actions.models.predict", "print the action of a policy for one frame, free and constrained"),
     "stats": ("hf_vla_actions.data.stats_command", "true quantiles of robot data, in parts if you like"),
     "inspect": ("hf_vla_actions.hub.inspect", "what is in a checkpoint, and whether it is safe to run"),

@@ -25,7 +25,7 @@ COLUMNS = {
 LEGEND = (
     "L1: mean absolute error on its own; told: each token predicted from the demonstrated ones before it; gap: the "
     "difference;\ncoding: what turning demonstrations into tokens costs; drift: how far the sum of a chunk's changes is "
-    "off at its last step;\ntokens: right ones when told; bins: share of numbers that near the demonstration, on its own"
+    "off at its last step;\ntokens: right ones when told; bins: share of the numbers within so many bins, on its own"
 )
 
 
@@ -83,8 +83,12 @@ class OfflineReport:
             if not np.isnan(column).all()
         }
 
-    def text(self) -> str:
-        """A table with a line for each dimension, and what is said of whole chunks below it."""
+    def text(self, *, legend: bool = True) -> str:
+        """A table with a line for each dimension, and what is said of whole chunks below it.
+
+        Args:
+            legend: say what the columns are.
+        """
         n, horizon, _ = self.predicted.shape
         head = f"{n:,} of {self.n_available:,} chunks of {horizon} action{'s' * (horizon > 1)}, {self.unnorm_key}"
         columns = [name for name in COLUMNS if any(key.startswith(name) for key in self.metrics)]
@@ -96,7 +100,13 @@ class OfflineReport:
         means = "".join(
             f"{_cell(column, self.metrics.get(column) if column in shares else None):>11}" for column in columns
         )
-        lines += [f"{'all':<14}{'':<6}{means}", LEGEND, "", *self._chunk_lines(), *self._gripper_lines()]
+        lines += [
+            f"{'all':<14}{'':<6}{means}",
+            *([LEGEND] if legend else []),
+            "",
+            *self._chunk_lines(),
+            *self._gripper_lines(),
+        ]
         return "\n".join([*lines, *self._limit_lines(), *(f"note: {note}" for note in self.notes)]) + "\n"
 
     def _chunk_lines(self) -> list[str]:
