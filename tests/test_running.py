@@ -290,6 +290,14 @@ def test_shapes_of_no_row_raise(shape):
         RunningStats(shape)
 
 
+def test_every_column_of_sketches_merges():
+    rows = np.random.default_rng(0).permuted(np.tile(np.arange(4000.0)[:, None], 3), axis=0) * [1.0, -1.0, 10.0]
+    both = running(rows[:1500], exact_rows=100).merge(running(rows[1500:], exact_rows=100))
+    for q in (0.01, 0.5, 0.99):
+        error = np.abs(both.quantile(q) - np.quantile(rows, q, axis=0)) / [1.0, 1.0, 10.0]
+        assert (error <= 4000 * RANK_ERROR + 1).all()
+
+
 def test_without_the_sketch_package_the_limit_raises_before_anything_is_lost(monkeypatch):
     stats = running(stream("iid", 10), exact_rows=10)
     real = builtins.__import__
@@ -305,3 +313,6 @@ def test_without_the_sketch_package_the_limit_raises_before_anything_is_lost(mon
             attempt()
     assert stats.count == 10
     assert stats.quantile(1.0) == stats.max
+    full = running(stream("iid", 5), exact_rows=10)
+    full.update(stream("iid", 5))  # as many as are kept
+    assert full.count == 10

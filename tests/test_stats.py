@@ -234,3 +234,51 @@ def test_statistics_that_differ_by_rounding_alone_are_close():
     ):
         assert not one.is_close(NormStats(entries))
         assert not NormStats(entries).is_close(one)
+
+
+def test_the_report_names_what_is_odd_and_nothing_else():
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(2000, 7))
+    rows[:, 1] = 3.0  # constant
+    rows[:, 2] = 5 + 1e-9 * rows[:, 2]  # as narrow as rounding
+    rows[7, 3] = 400.0  # one value far away
+    rows[:, 4] = rows[:, 4] > 1  # two values
+    rows[:, 5] = np.arange(2000) == 3  # nearly always 0
+    names = ["a", "still", "narrow", "far", "two", "rare", "passes"]
+    stats = ActionStats.compute(rows, mask=[True] * 6 + [False])
+    lines = stats.report(names, ["m"] + [None] * 6).splitlines()
+    assert lines[0] == "2000 rows, 7 dimensions, normalized by q01 and q99"
+    heads, table = lines[1].split(), {line.split()[0]: line.split() for line in lines[2:9]}
+    assert [float(table["a"][heads.index(name) + 1]) for name in ("min", "low", "mean", "std", "high", "max")] == [
+        pytest.approx(getattr(stats, name)[0], rel=1e-3) for name in ("min", "q01", "mean", "std", "q99", "max")
+    ]
+    assert table["a"][1] == "m"
+    assert table["passes"][-2:] == ["not", "normalized"]
+    found = {word: [line for line in lines[9:] if word in line] for word in ("constant", "held", "noise", "reaches")}
+    assert [len(texts) for texts in found.values()] == [1, 1, 1, 1]
+    assert found["constant"][0].endswith("move them: still")
+    assert "'rare' would be held at 0, though it runs 0..1" in found["held"][0]
+    assert "'narrow' moves by" in found["noise"][0]
+    assert (
+        f"'far' reaches {(400 - stats.q99[3]) / (stats.q99[3] - stats.q01[3]) * 2:.0f} half ranges"
+        in found["reaches"][0]
+    )
+    assert next(line for line in lines[9:] if "two values" in line).endswith("mask: two")
+    assert next(line for line in lines[9:] if "clipped, at most" in line).count("half ranges)") == 3  # a, narrow, far
+    assert ActionStats.compute(rows[:, [0, 6]], mode="bounds").report().splitlines()[-1] == "  nothing odd"
+    with pytest.raises(StatsError, match="2 names and 7 units"):
+        stats.report(["a", "b"])
+
+
+def test_the_report_of_chunks_says_at_which_step():
+    chunks = np.random.default_rng(0).normal(size=(300, 4, 2))
+    chunks[:, 0, 1] = 0.0  # still at the first step alone
+    chunks[9, 2, 0] = 90.0
+    running = RunningStats()
+    running.update(chunks)
+    text = running.to_stats(mode="normal").report(["x", "y"])
+    assert "step 3 of 0 to 3" in text
+    assert "'x' reaches" in text
+    assert "at step 2: z-scores explode" in text
+    assert "constant" not in text
+    assert ActionStats.from_ranges([0, 1], [1, 1]).report(["a", "b"]).splitlines()[-1].endswith("move them: b")

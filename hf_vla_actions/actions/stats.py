@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from hf_vla_actions.actions.running import EXACT_ROWS, RunningStats, finite_array
+from hf_vla_actions.actions.stats_report import report_text
 from hf_vla_actions.errors import StatsError
 
 MODES = ("bounds_q99", "bounds", "normal")
@@ -229,6 +231,19 @@ class ActionStats:
         if self.horizon is not None:
             low, high = low.min(axis=0), high.max(axis=0)
         return "[" + ", ".join(f"{a:.3g}..{b:.3g}" for a, b in zip(low, high, strict=True)) + "]"
+
+    def report(self, names: Sequence[str] | None = None, units: Sequence[str | None] | None = None) -> str:
+        """What these statistics alone tell, as text: ranges, and which dimensions are odd.
+
+        Named are constant dimensions, those as narrow as rounding, those whose extremes lie far beyond what is
+        normalized, what q01..q99 clip, and two values that are scaled like continuous numbers. `hf-vla inspect DATASET`
+        looks at the rows themselves.
+
+        Args:
+            names: (dof) names of the dimensions.
+            units: (dof) their units, None where there is none.
+        """
+        return report_text(self, names, units)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values; inverse of `from_dict`."""

@@ -9,10 +9,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from hf_vla_actions.actions import ActionSpace, ActionStats
+from hf_vla_actions.actions.stats_report import EXPLODES, ROUNDING
 from hf_vla_actions.data.guesses import guess_kinds, guess_open
 from hf_vla_actions.errors import DatasetError
 
-EXPLODES = 10.0  # half ranges beyond the statistics' range at which a value is worth a warning
 CLIPPED = 0.05  # share outside the statistics' range above which they are not those of these data
 SHOWN = 5  # places named of each kind
 
@@ -235,7 +235,7 @@ def _ranges(
                 f"{d.name!r} reaches {beyond:.0f} half ranges beyond what its statistics normalize ({d.low:.4g}..{d.high:.4g}, "
                 f"data {d.min:.4g}..{d.max:.4g}): z-scores explode, bins clip it. Look at these rows"
             )
-        if half < 1e-6 * max(abs(d.low), abs(d.high)):
+        if half < ROUNDING * max(abs(d.low), abs(d.high)):
             problems.append(
                 f"{d.name!r} moves by {2 * half:.2g} around {d.low:.4g}: noise of rounding would fill the whole range; "
                 "leave it constant or out"
