@@ -15,9 +15,9 @@ from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from safetensors import SafetensorError
 from transformers import BitsAndBytesConfig
 
-from hf_vla_actions.errors import CheckpointError
+from hf_vla_actions.errors import CheckpointError, VLAActionsError
 from hf_vla_actions.hub.merge_report import REPORT_FILE, MergeReport
-from hf_vla_actions.hub.probe import Comparison, Probe, ask, compare
+from hf_vla_actions.hub.probe import Answers, Comparison, Probe, ask, compare
 from hf_vla_actions.models.adapter import load_adapter, quantization_of_adapter
 from hf_vla_actions.models.auto import ADAPTER_FILE, AutoModelForActionPrediction
 
@@ -54,7 +54,7 @@ def merge_adapter(
     Args:
         adapter: folder or repository of an adapter that this package saved.
         output: folder of the merged policy: weights, processor, `action_config.json`, `merge_report.json`.
-        probe: what to ask both; by default four sentences with four made-up pictures.
+        probe: what to ask both; by default eight sentences with made-up pictures.
         dtype: of the merged weights; by default the base's.
         base: where the base model is now, if not where the adapter says.
         tolerance: instead of that of `TOLERANCES`.
@@ -93,7 +93,7 @@ def merge_adapter(
     facts = _facts(policy)
     kept, rows = _kept(policy, dtype), _rows(policy)
     merged = policy.merge_and_unload(safe_merge=True)
-    _refuse("merged in memory", compare(reference, ask(merged, probe, reference), TOLERANCES[torch.float32]))
+    _refuse("merged in memory", merged, probe, reference, TOLERANCES[torch.float32])
     merged.to(dtype)
     written = _marks(merged)
     temporary = output.with_name(f".{output.name}.merging-{os.getpid()}")
@@ -102,8 +102,7 @@ def merge_adapter(
         del merged, policy
         again = AutoModelForActionPrediction.from_pretrained(temporary, dtype=dtype, self_test=False).to(device)
         _check_tensors(again, written, kept, rows, dtype)
-        comparison = compare(reference, ask(again, probe, reference), allowed)
-        _refuse(f"loaded again in {_name(dtype)}", comparison)
+        comparison = _refuse(f"loaded again in {_name(dtype)}", again, probe, reference, allowed)
         report = MergeReport(
             adapter=Path(adapter).name,
             dtype=_name(dtype),
@@ -247,11 +246,17 @@ def _mark(value: torch.Tensor) -> str:
     return hashlib.sha256(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()).hexdigest()
 
 
-def _refuse(what: str, comparison: Comparison) -> None:
+def _refuse(what: str, merged, probe: Probe, reference: Answers, tolerance: float) -> Comparison:
+    """Raise unless the merged policy answers as the adapter's; returns how far they are apart."""
+    try:
+        comparison = compare(reference, ask(merged, probe, reference), tolerance)
+    except VLAActionsError as error:
+        raise CheckpointError(f"{what}, the policy does not answer: {error}; nothing was kept") from error
     if not comparison.equal:
         raise CheckpointError(
             f"{what}, the policy is not the one of the adapter: {comparison.text()}; nothing was kept"
         )
+    return comparison
 
 
 def _save(merged, folder: Path) -> None:

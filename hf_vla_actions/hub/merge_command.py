@@ -6,8 +6,6 @@ import argparse
 import logging
 import sys
 
-import torch
-
 from hf_vla_actions.errors import one_line_errors
 from hf_vla_actions.hub.merge import QLORA_WEIGHTS, TOLERANCES, merge_adapter
 from hf_vla_actions.hub.probe import Probe
@@ -40,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
     add("--dtype", choices=list(DTYPES), help="of the merged weights (default: that of the base)")
     add("--base", help="where the base model is now, if not where the adapter says")
     add("--dataset", help="compare on frames of this robot dataset, instead of made-up pictures and sentences")
-    add("--rows", type=int, default=4, help="with --dataset: frames, spread over it (default: %(default)s)")
+    add("--rows", type=int, default=8, help="with --dataset: frames, spread over it (default: %(default)s)")
     add(
         "--tolerance",
         type=float,

@@ -16,13 +16,16 @@ from hf_vla_actions.errors import CheckpointError, VLAActionsError
 from hf_vla_actions.models.families import OPENVLA_TYPE
 from hf_vla_actions.models.openvla.policy import close_prompt
 
-ROWS, SIZE = 4, 224
-FORCED = 256  # action tokens that are read, over all rows: every one where there are no more
+SIZE = 224
 SENTENCES = (
     "move the red block to the green block",
     "move the green block to the red block",
     "open the drawer",
     "put the spoon on the towel",
+    "close the drawer",
+    "pick up the cup",
+    "turn the lever to the left",
+    "put the cup into the sink",
 )
 
 
@@ -34,16 +37,20 @@ class Probe:
         instructions: a sentence a row.
         images: for each row its pictures, uint8 (height, width, 3), as many as the policy has cameras; None for a
             policy that reads text only.
+        forced: action tokens that are given, over all rows; the policy reads every one where it has no more.
         proprio: (rows, numbers) states of the robot in real units, for a policy that reads them.
     """
 
     instructions: tuple[str, ...]
     images: tuple[tuple[np.ndarray, ...], ...] | None = None
     proprio: np.ndarray | None = None
+    forced: int = 256
 
     def __post_init__(self):
         if not self.instructions:
             raise VLAActionsError("a probe needs at least one instruction")
+        if self.forced < len(self.instructions):
+            raise VLAActionsError(f"a probe gives each of its rows an action token at least, got forced={self.forced}")
         for name, rows in (("images", self.images), ("proprio", self.proprio)):
             if rows is not None and len(rows) != len(self.instructions):
                 raise VLAActionsError(
@@ -52,18 +59,20 @@ class Probe:
 
     @classmethod
     def synthetic(cls, policy) -> Probe:
-        """Four sentences with four different pictures (noise and gradients), the same every time."""
+        """Eight sentences with different pictures (noise and gradients), the same every time."""
         oft = oft_of(policy)
-        proprio = np.zeros((ROWS, oft["proprio_dim"])) if oft.get("proprio_dim") else None
+        proprio = np.zeros((len(SENTENCES), oft["proprio_dim"])) if oft.get("proprio_dim") else None
         if not policy.prompts.family.takes_images:
             return cls(SENTENCES)
         views = oft.get("num_images") or max(len(policy.action_config.cameras), 1)
         return cls(
-            SENTENCES, tuple(tuple(_picture(row, view) for view in range(views)) for row in range(ROWS)), proprio
+            SENTENCES,
+            tuple(tuple(_picture(row, view) for view in range(views)) for row in range(len(SENTENCES))),
+            proprio,
         )
 
     @classmethod
-    def from_dataset(cls, path: str | Path, config: ActionConfig, rows: int = ROWS) -> Probe:
+    def from_dataset(cls, path: str | Path, config: ActionConfig, rows: int = len(SENTENCES)) -> Probe:
         """Frames of a robot dataset, evenly spread over it.
 
         Args:
@@ -118,8 +127,9 @@ def ask(policy, probe: Probe, reference: Answers | None = None) -> Answers:
         inputs |= {"input_ids": closed[0], "attention_mask": closed[1]}
     ids = np.unique(policy.action_config.vocabulary.token_ids)
     rows = len(probe.instructions)
-    count = min(len(ids), FORCED)
+    count = min(len(ids), probe.forced)
     forced = ids[np.linspace(0, len(ids) - 1, count - count % rows or rows).astype(int)].reshape(-1, rows).T
+    forced = np.concatenate([forced, forced[:, :1]], axis=1)  # the last token is chosen, but never read
     replayed = out.token_ids if reference is None else reference.tokens
     return Answers(
         _logits(policy, inputs, forced), out.token_ids, _logits(policy, inputs, replayed), out.normalized, out.actions
@@ -178,7 +188,7 @@ class Comparison:
     def text(self) -> str:
         """One line."""
         share = self.difference / self.scale
-        ties = f"; {len(self.ties)} near ties fell the other way" if self.ties else ""
+        ties = f"; {len(self.ties)} of the tokens were near ties and fell the other way" if self.ties else ""
         changed = f"; {len(self.changed)} greedy tokens differ beyond it" if self.changed else ""
         return (
             f"largest difference {self.difference:.3g} = {share:.2g} of the largest of {self.compared} numbers "
