@@ -128,6 +128,22 @@ def test_what_the_robot_does_stays_the_same_and_the_way_back_leads_back(seed, on
     np.testing.assert_allclose(back, chunk, atol=1e-8)
 
 
+@pytest.mark.parametrize("anchors", [("step", "chunk"), ("chunk", "step"), ("step", "step"), ("chunk", "chunk")])
+@pytest.mark.parametrize("frames", [("base", "world"), ("world", "base")])
+def test_changes_along_other_fixed_axes_keep_their_anchor_or_change_it(anchors, frames):
+    rng = np.random.default_rng(3)
+    spaces = []
+    for frame, anchor in zip(frames, anchors, strict=True):
+        space = random_space(rng, "tcp", anchor)  # both changes, composed
+        spaces.append(replace(space, frame=frame, units=tuple("m" if u in LENGTHS else u for u in space.units)))
+    source, to = spaces
+    start, base = random_place(rng, 0.3)
+    chunk = random_chunk(rng, source, 4, 0.15)
+    there = source.convert(chunk, to, state_of(rng, source, to, start, base), base=base)
+    for a, b in zip(goals(source, chunk, start, base), goals(to, there, start, base), strict=True):
+        np.testing.assert_allclose(b, a, atol=1e-9)
+
+
 # A robot of BridgeData: differences of Euler angles in the frame of the base, one after the other.
 NAMES = ("x", "y", "z", "roll", "pitch", "yaw", "gripper")
 UNITS = ("m",) * 3 + ("rad",) * 3 + (None,)
