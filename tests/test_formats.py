@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 
 from hf_vla_actions.actions import ActionStats, NormStats
 from hf_vla_actions.actions.formats import FORMATS, detect_format, parse_stats, read_stats
-from hf_vla_actions.actions.formats_document import Document
+from hf_vla_actions.actions.formats.document import Document
 from hf_vla_actions.errors import StatsError
 
 B = {  # 3 dimensions

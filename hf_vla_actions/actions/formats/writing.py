@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from hf_vla_actions.actions.formats_document import Document, Names, by_step
-from hf_vla_actions.actions.formats_reading import parse_stats
-from hf_vla_actions.actions.formats_table import FORMATS, Format, format_of, is_only
+from hf_vla_actions.actions.formats.document import Document, Names, by_step
+from hf_vla_actions.actions.formats.reading import parse_stats
+from hf_vla_actions.actions.formats.table import FORMATS, Format, format_of, is_only
 from hf_vla_actions.actions.norm_stats import NormStats
 from hf_vla_actions.actions.stats import NEEDED, VECTORS, ActionStats
 from hf_vla_actions.errors import StatsError

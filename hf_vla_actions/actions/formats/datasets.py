@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from hf_vla_actions.actions.formats_document import (
+from hf_vla_actions.actions.formats.document import (
     OCTO_NAMES,
     Document,
     Entry,

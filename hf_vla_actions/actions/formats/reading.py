@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hf_vla_actions.actions.formats_document import Document, Entry, Names, Reading, Wish
-from hf_vla_actions.actions.formats_table import FORMATS, detect_format, format_of
+from hf_vla_actions.actions.formats.document import Document, Entry, Names, Reading, Wish
+from hf_vla_actions.actions.formats.table import FORMATS, detect_format, format_of
 from hf_vla_actions.actions.norm_stats import NormStats
 from hf_vla_actions.errors import StatsError
 

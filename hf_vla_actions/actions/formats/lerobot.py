@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from hf_vla_actions.actions.formats_document import (
+from hf_vla_actions.actions.formats.document import (
     QUANTILES,
     Document,
     Entry,

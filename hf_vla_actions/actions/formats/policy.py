@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from hf_vla_actions.actions.formats_document import (
+from hf_vla_actions.actions.formats.document import (
     STAT_NAMES,
     Document,
     Entry,
@@ -24,7 +24,7 @@ from hf_vla_actions.actions.formats_document import (
     vectors,
     whole,
 )
-from hf_vla_actions.actions.formats_lerobot import ACTION, PARTS, STATE, feature_block
+from hf_vla_actions.actions.formats.lerobot import ACTION, PARTS, STATE, feature_block
 from hf_vla_actions.actions.norm_stats import NormStats
 from hf_vla_actions.actions.stats import ActionStats
 from hf_vla_actions.errors import StatsError

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from hf_vla_actions.actions.formats_document import (
+from hf_vla_actions.actions.formats.document import (
     STAT_NAMES,
     Document,
     Entry,
@@ -25,7 +25,7 @@ from hf_vla_actions.actions.formats_document import (
     stats_of,
     vectors,
 )
-from hf_vla_actions.actions.formats_lerobot import (
+from hf_vla_actions.actions.formats.lerobot import (
     ACTION,
     ENVELOPE,
     STATE,

@@ -5,12 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from hf_vla_actions.actions import formats_datasets as datasets
-from hf_vla_actions.actions import formats_groot as groot
-from hf_vla_actions.actions import formats_lerobot as lerobot
-from hf_vla_actions.actions import formats_models as models
-from hf_vla_actions.actions import formats_policy as policy
-from hf_vla_actions.actions.formats_document import Document, Names, Reading, Wish
+from hf_vla_actions.actions.formats import datasets, groot, lerobot, models, policy
+from hf_vla_actions.actions.formats.document import Document, Names, Reading, Wish
 from hf_vla_actions.actions.norm_stats import NormStats
 from hf_vla_actions.errors import StatsError
 
