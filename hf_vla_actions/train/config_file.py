@@ -80,9 +80,9 @@ def read_config(path: str, known: Iterable[str]) -> ConfigFile:
 
 
 def unknown_option(name: str, known: Iterable[str]) -> str:
-    """What to say about an option that does not exist, with the nearest one that does."""
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f"there is no option {name!r}" + (f"; do you mean {near[0]!r}?" if near else " (see hf-vla train --help)")
+    """What to say about an option that does not exist, with those nearest to it."""
+    near = " or ".join(map(repr, difflib.get_close_matches(name, list(known), n=3)))
+    return f"there is no option {name!r}" + (f"; do you mean {near}?" if near else " (see hf-vla train --help)")
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

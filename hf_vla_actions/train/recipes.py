@@ -210,12 +210,15 @@ def asked_recipe(argv: Sequence[str]) -> tuple[Recipe, dict[str, Any]] | None:
         argv: all options; names of recipes that do not exist are left to the parser proper.
 
     Raises:
-        TrainingError: this command cannot train it.
+        TrainingError: this command cannot train it, or the options cannot be read.
     """
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("--recipe")
     first.add_argument("--use_cpu", "--use-cpu", nargs="?", const=True, default=False, type=string_to_bool)
-    asked, _ = first.parse_known_args(list(argv))
+    try:
+        asked, _ = first.parse_known_args(list(argv))
+    except argparse.ArgumentError as error:
+        raise TrainingError(str(error)) from None
     recipe = RECIPES.get(asked.recipe)
     if recipe is None:
         return None
