@@ -16,8 +16,8 @@ example:
   hf-vla fit-vq --dataset ./my_robot --horizon 8 --output ./vq --n_codebooks 4 --codebook_size 256
 
 Statistics and held-out episodes are those of `hf-vla train` with the same --eval_fraction, --seed, --norm_mode and
-gripper options; the statistics are written beside the tokenizer. What the report says of held-out episodes is what to
-expect of new ones.
+gripper options; the statistics are written beside the tokenizer. Held-out episodes decide which step's weights are kept:
+what the report says of them is close to what to expect of new ones, and a little better.
 """
 
 
