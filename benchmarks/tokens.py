@@ -13,6 +13,10 @@ task and `tokens_training.py` for what the backbone learns before. Tables:
 2. 64 to 512 bins: loss a token; loss a number as a density in mm, which does not depend on the width of the bins; success.
 3. one number after the other, or all at once: loss a dimension, success, and how far one wrong first number moves the rest.
 4. action tokens shared by all dimensions, or a block for each: loss at equal steps, and the cost of the larger softmax.
+
+Standard errors and p are of the episodes. Trainings this short differ by more than that: with several seeds the success of
+each stands beside the mean, and what one seed says of two rows another may deny. `tokens.json` beside this file was
+measured with it.
 """
 
 from __future__ import annotations

@@ -12,9 +12,10 @@ Rows = Sequence[dict[str, Any]]
 
 
 def pooled(rows: Rows) -> str:
-    """Success of all episodes of some rows, with its standard error (of episodes, not of trainings)."""
+    """Success of all episodes of some rows, with its standard error (of episodes, not of trainings); that of each seed."""
     n, share = sum(row["episodes"] for row in rows), float(np.mean([row["success"] for row in rows]))
-    return f"{share:.3f} ± {(share * (1 - share) / n) ** 0.5:.3f}"
+    each = f" ({', '.join(format(row['success'], '.2f') for row in rows)})" if len(rows) > 1 else ""
+    return f"{share:.3f} ± {(share * (1 - share) / n) ** 0.5:.3f}{each}"
 
 
 def against(ours: Rows, theirs: Rows) -> str:
