@@ -200,6 +200,14 @@ def test_differences_of_real_states_lead_to_these_states(shared):
         np.testing.assert_allclose(back, changes, atol=1e-12)
 
 
+def test_a_state_of_its_own_brings_its_own_units_for_single_dimensions():
+    lift = ActionSpace(("lift", "tilt"), ("mm", "deg"), True, "joint", anchor="step")
+    target = ActionSpace(("tilt", "lift"), ("rad", "m"), False, "joint")
+    state = ActionSpace(("tilt", "other", "lift"), ("rad", None, "cm"), False, "joint").wrap([np.pi, 7.0, 50.0])
+    out = lift.convert([[1.0, 90.0], [2.0, -180.0]], target, state)
+    np.testing.assert_allclose(out, [[1.5 * np.pi, 0.501], [0.5 * np.pi, 0.503]], atol=1e-12)
+
+
 def test_torch_gives_the_same_numbers():
     out = BRIDGE.convert(torch.from_numpy(CHUNK), ROBOT, torch.from_numpy(STATE))
     assert out.dtype == torch.float64

@@ -10,7 +10,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_vla_actions.data import ChunkDataset, LeRobotDataset, LeRobotWriter, MixtureDataset, MixtureSampler
+from hf_vla_actions.actions import ActionSpace
+from hf_vla_actions.data import (
+    ChunkDataset,
+    LeRobotDataset,
+    LeRobotWriter,
+    MixtureDataset,
+    MixtureSampler,
+    Transform,
+    TransformedDataset,
+)
 from hf_vla_actions.errors import DatasetError
 
 LENGTHS = {"small": 5, "large": 23, "other": 9}
@@ -222,3 +231,14 @@ def test_states_of_another_mixture_or_place_raise(chunks):
         sampler.state_dict(taken=41)
     with pytest.raises(DatasetError, match="rank must be from 0 to 1 among 2"):
         MixtureSampler(sampler.mixture, rank=2, world_size=2)
+
+
+def test_one_dataset_as_it_is_and_through_a_transform_under_one_key_raises(chunks):
+    plain = chunks["small"].dataset
+    space = ActionSpace(("x",))
+    twice = Transform("twice", lambda actions, states: (2 * actions, states, np.arange(len(actions))), space, space)
+    changed = TransformedDataset(plain, twice)
+    with pytest.raises(DatasetError, match=r"small and .*small through twice go by the unnorm_key 'small'"):
+        MixtureDataset([(ChunkDataset(plain, 2), 1.0), (ChunkDataset(changed, 2), 1.0)])
+    MixtureDataset([(ChunkDataset(plain, 2), 1.0), (ChunkDataset(changed, 2, unnorm_key="doubled"), 1.0)])
+    MixtureDataset([(ChunkDataset(changed, 2), 1.0), (ChunkDataset(TransformedDataset(plain, twice), 2), 1.0)])

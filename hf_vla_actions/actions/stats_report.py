@@ -66,18 +66,18 @@ def _findings(stats: ActionStats, labels: Sequence[str]) -> Iterator[str]:
     moving = mask & ~constant
     ends = None if stats.min is None or stats.max is None else (np.atleast_2d(stats.min), np.atleast_2d(stats.max))
     lost = constant & (ends[0] < ends[1]) if ends is not None else np.zeros_like(constant)
-    still = [labels[i] for i in np.flatnonzero((constant & ~lost).all(axis=0))]
+    still = [labels[i] for i in np.flatnonzero((constant & ~lost).all(axis=0)).tolist()]
     if still:
         yield f"  note     constant, so that no token can move them: {', '.join(still)}"
     half = (high - low) / 2
     magnitude = np.maximum(np.abs(low), np.abs(high))
-    for i in np.flatnonzero(lost.any(axis=0)):
+    for i in np.flatnonzero(lost.any(axis=0)).tolist():
         step = int(lost[:, i].argmax())
         yield (
             f"  PROBLEM  {labels[i]!r} would be held at {low[step, i]:.4g}{_at(stats, step)}, though it runs "
             f"{ends[0][step, i]:.4g}..{ends[1][step, i]:.4g}: use mode 'bounds', or a mask that lets it pass"  # type: ignore[index]
         )
-    for i in np.flatnonzero((moving & (half < ROUNDING * magnitude)).any(axis=0)):
+    for i in np.flatnonzero((moving & (half < ROUNDING * magnitude)).any(axis=0)).tolist():
         step = int((moving & (half < ROUNDING * magnitude))[:, i].argmax())
         yield (
             f"  PROBLEM  {labels[i]!r} moves by {2 * half[step, i]:.2g} around {low[step, i]:.4g}{_at(stats, step)}: noise of "
@@ -86,20 +86,20 @@ def _findings(stats: ActionStats, labels: Sequence[str]) -> Iterator[str]:
     if ends is None:
         return
     beyond = np.maximum(ends[1] - high, low - ends[0]) / np.where(moving, half, np.inf)
-    for i in np.flatnonzero((beyond > EXPLODES).any(axis=0)):
+    for i in np.flatnonzero((beyond > EXPLODES).any(axis=0)).tolist():
         step = int(beyond[:, i].argmax())
         yield (
             f"  PROBLEM  {labels[i]!r} reaches {beyond[step, i]:.0f} half ranges beyond {low[step, i]:.4g}.."
             f"{high[step, i]:.4g}{_at(stats, step)}: z-scores explode, bins clip it"
         )
     if stats.mode == "bounds_q99":
-        clipped = [i for i in np.flatnonzero((moving & ((ends[0] < low) | (ends[1] > high))).any(axis=0))]
+        clipped = np.flatnonzero((moving & ((ends[0] < low) | (ends[1] > high))).any(axis=0)).tolist()
         if clipped:
             texts = [f"{labels[i]} (beyond by {beyond[:, i].max():.2g} half ranges)" for i in clipped]
             yield f"  note     clipped, at most 2 % of the rows of each: {', '.join(texts)}"
     two = _two_values(stats, ends)
-    if two is not None and (two & moving).any():
-        names = [labels[i] for i in np.flatnonzero((two & moving).all(axis=0))]
+    if two is not None and (two & moving).all(axis=0).any():
+        names = [labels[i] for i in np.flatnonzero((two & moving).all(axis=0)).tolist()]
         yield f"  note     two values, normalized like continuous numbers; a gripper wants a mask: {', '.join(names)}"
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from hf_vla_actions.data.chunks import ChunkDataset
+from hf_vla_actions.data.transforms_dataset import TransformedDataset
 from hf_vla_actions.errors import DatasetError
 
 CHECKED = 1024  # draws of which a saved state keeps a checksum
@@ -78,12 +79,13 @@ class MixtureDataset:
                 keys = [chunks.unnorm_key for chunks in self.parts]
                 found = dict(zip(keys, values, strict=True))
                 raise DatasetError(f"the parts of a mixture must have one {what}, got {found}")
-        roots: dict[str, Any] = {}
+        seen: dict[str, str] = {}
         for chunks in self.parts:
-            root = roots.setdefault(chunks.unnorm_key, chunks.dataset.root)
-            if root != chunks.dataset.root:
+            source = _source(chunks.dataset)
+            other = seen.setdefault(chunks.unnorm_key, source)
+            if other != source:
                 raise DatasetError(
-                    f"both {root} and {chunks.dataset.root} go by the unnorm_key {chunks.unnorm_key!r}, and their "
+                    f"both {other} and {source} go by the unnorm_key {chunks.unnorm_key!r}, and their "
                     "statistics would be confused: give ChunkDataset(unnorm_key=...) to one"
                 )
 
@@ -229,6 +231,13 @@ class MixtureSampler:
             )
         self.epoch, self._begin = divmod(position // self.world_size, len(self))
         self._handed, self._finished = self._begin, False
+
+
+def _source(dataset: Any) -> str:
+    """Where the numbers of a reader come from: its folder, and the transforms that they went through."""
+    if isinstance(dataset, TransformedDataset):
+        return f"{_source(dataset.source)} through {dataset.transform.name}"
+    return str(dataset.root)
 
 
 def _round(wanted: np.ndarray) -> np.ndarray:
