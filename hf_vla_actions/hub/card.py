@@ -71,7 +71,8 @@ def make_card(
     sets = list(datasets) or facts.datasets()
     head = _metadata(facts, name, license, base, sets).to_yaml(line_break="\n").strip()
     what = "adapter (PEFT)" if facts.report.adapter is not None else "model"
-    said = f"A robot policy: a {facts.report.family} {what} whose tokens are actions."
+    how = "whose tokens are actions" if facts.report.tokens is not None else "with a continuous head for actions"
+    said = f"A robot policy: {what} of the family {facts.report.family}, {how}."
     origin = f"Base model: {base or card_text.UNKNOWN}. License: {license or card_text.UNKNOWN}."
     sections = {
         "Use": card_text.use(facts, repository, base),

@@ -33,7 +33,7 @@ def use(facts: Facts, repository: str, base: str | None) -> str:
     names = report.cameras or [f"camera_{i}" for i in range(n_images)]
     order = "in this order" if len(names) > 1 else "as in training"
     known = "" if report.cameras else "; the names of the cameras are not recorded"
-    files = ", ".join(f'"{_file(name)}.png"' for name in names)
+    files = ", ".join(f'"{_file(name)}.png"' for name in names) + ("," if len(names) == 1 else "")
     proprio = int((report.oft or {}).get("proprio_dim") or 0)
     given = ["images" if takes_images else "None", '"pick up the red block"', *(["state"] if proprio else [])]
     keys = f'unnorm_key="{key}"'
@@ -42,14 +42,13 @@ def use(facts: Facts, repository: str, base: str | None) -> str:
     lines += ["from PIL import Image"] if takes_images else []
     lines += ["", "from hf_vla_actions import AutoModelForActionPrediction", ""]
     lines += [f'vla = AutoModelForActionPrediction.from_pretrained("{repository}")']
-    lines += [f"images = [Image.open(name) for name in ({files},)]  # {order}{known}"] if takes_images else []
+    lines += [f"images = [Image.open(name) for name in ({files})]  # {order}{known}"] if takes_images else []
     lines += [f"state = np.zeros({proprio})  # of the robot, as in training"] if proprio else []
     lines += [f"inputs = vla.prepare({', '.join(given)})  # a sentence like those of its training"]
+    observed = '"images": images, "instruction": ...' + (', "proprio": state' if proprio else "")
     others = f"; there are also {', '.join(facts.keys[1:])}" if len(facts.keys) > 1 else ""
     lines += [f"actions = vla.predict_action(**inputs, {keys})  # {_shape(facts, key)}, units below{others}"]
-    lines += [
-        f'policy = vla.policy({keys})  # policy({{"images": images, "instruction": ...}}) -> one action at a time'
-    ]
+    lines += [f"policy = vla.policy({keys})  # policy({{{observed}}}) -> one action at a time"]
     text = "```python\n" + "\n".join(lines) + "\n```\n"
     if report.adapter is not None:
         return text + f"\nIt is an adapter: its base model, `{base or report.adapter.base}`, is loaded with it.\n"
