@@ -243,7 +243,7 @@ def _marks(model) -> dict[str, str]:
 def _mark(value: torch.Tensor) -> str:
     # As float32, which holds every narrower number: some models keep a few weights in it whatever was asked for.
     value = value.detach().float() if value.is_floating_point() else value.detach()
-    return hashlib.sha256(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()).hexdigest()
+    return hashlib.sha256(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data).hexdigest()
 
 
 def _refuse(what: str, merged, probe: Probe, reference: Answers, tolerance: float) -> Comparison:
