@@ -23,6 +23,7 @@ from hf_vla_actions.train.arguments import (
 )
 from hf_vla_actions.train.config_file import ConfigFile, take_config, unknown_option
 from hf_vla_actions.train.lora import quantized_loading
+from hf_vla_actions.train.overfit import overfit_one_batch
 from hf_vla_actions.train.plan import check_possible, make_plan
 from hf_vla_actions.train.recipes import Recipe, asked_recipe, log_differences
 from hf_vla_actions.train.record import FILE_NAME as TRAINING_FILE
@@ -154,6 +155,8 @@ def _train(asked: Asked, dataset) -> int:
     args = asked.args
     policy, key = load_policy(asked.model, asked.data, dataset, args.seed, **quantized_loading(asked.lora, args))
     train_dataset, eval_dataset = chunk_datasets(dataset, asked.data, policy.action_config.horizon, args.seed)
+    if args.overfit_one_batch:
+        return overfit_one_batch(policy, train_dataset, args, lora=asked.lora, unnorm_key=key)
     steps = Steps()
     fine_tune(
         policy, train_dataset, args, lora=asked.lora, eval_dataset=eval_dataset, unnorm_key=key, callbacks=[steps]
