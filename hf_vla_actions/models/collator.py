@@ -24,12 +24,14 @@ class ActionCollator:
 
     Args:
         prompts: the policy's own PromptBuilder (`vla.prompts`).
-        unnorm_key: which statistics and action space the actions belong to.
+        unnorm_key: which statistics and action space the actions belong to; several for a mixture, of which each sample
+            names its own (`sample["unnorm_key"]`).
     """
 
-    def __init__(self, prompts: PromptBuilder, unnorm_key: str | None = None):
+    def __init__(self, prompts: PromptBuilder, unnorm_key: str | Sequence[str] | None = None):
         self.prompts = prompts
-        self.unnorm_key = prompts.config.resolve(unnorm_key)
+        keys = [unnorm_key] if unnorm_key is None or isinstance(unnorm_key, str) else unnorm_key
+        self.unnorm_keys = tuple(prompts.config.resolve(key) for key in keys)
 
     def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Build a batch from samples of a `ChunkDataset`.
@@ -48,7 +50,7 @@ class ActionCollator:
                 batch["input_ids"], batch["attention_mask"], pad
             )
         try:
-            rows = config.encode(np.stack([s["actions"] for s in samples]), self.unnorm_key)
+            rows = self._encode(samples)
         except ValueError as error:
             where = sorted({(s["episode"], s["step"]) for s in samples})
             raise DatasetError(f"actions of the batch (episode, step) {where} cannot be encoded: {error}") from error
@@ -87,3 +89,21 @@ class ActionCollator:
             "logits_to_keep": action_tokens.shape[1] + 1,
             "sample_ids": torch.tensor([[sample["episode"], sample["step"]] for sample in samples]),
         }
+
+    def _encode(self, samples: Sequence[dict[str, Any]]):
+        """Ids of each sample's chunk, by the statistics of its own dataset."""
+        config = self.prompts.config
+        if len(self.unnorm_keys) == 1:
+            return config.encode(np.stack([s["actions"] for s in samples]), self.unnorm_keys[0])
+        keys = [sample["unnorm_key"] for sample in samples]
+        strangers = sorted(set(keys) - set(self.unnorm_keys))
+        if strangers:
+            raise DatasetError(f"samples of {strangers} in a mixture of {list(self.unnorm_keys)}")
+        rows: list[Any] = [None] * len(samples)
+        for key in dict.fromkeys(keys):
+            where = [i for i, other in enumerate(keys) if other == key]
+            for i, ids in zip(
+                where, config.encode(np.stack([samples[i]["actions"] for i in where]), key), strict=True
+            ):
+                rows[i] = ids
+        return np.stack(rows) if config.is_per_number else rows

@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from torch.utils.data import ConcatDataset
 from transformers import HfArgumentParser, set_seed
 
 from hf_vla_actions.errors import TrainingError, one_line_errors
@@ -23,7 +24,7 @@ from hf_vla_actions.train.arguments import (
 )
 from hf_vla_actions.train.config_file import ConfigFile, take_config, unknown_option
 from hf_vla_actions.train.lora import quantized_loading
-from hf_vla_actions.train.overfit import overfit_one_batch
+from hf_vla_actions.train.parts import mixture_of, parts_of
 from hf_vla_actions.train.plan import check_possible, make_plan
 from hf_vla_actions.train.recipes import Recipe, asked_recipe, log_differences
 from hf_vla_actions.train.record import FILE_NAME as TRAINING_FILE
@@ -45,6 +46,10 @@ example, OpenVLA with its published LoRA recipe, first only what it would do:
 
 example, options in a YAML or JSON file (lines such as "lora_r: 64"); those of the command line win:
   hf-vla train config.yaml --learning_rate 1e-4
+
+example, a mixture of datasets, 70 % of the samples from the first:
+  accelerate launch -m hf_vla_actions.train --model_name_or_path ./tiny --dataset ./kitchen ./desk \\
+    --dataset_weights 0.7 0.3 --output_dir ./policy
 
 example, two processes on CPU:
   ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no \\
@@ -146,17 +151,28 @@ def main(argv: list[str] | None = None) -> int:
     if Path(asked.model.model_name_or_path).resolve() == Path(str(args.output_dir)).resolve():
         raise TrainingError("output_dir is the folder of the model itself; train into another one")
     asked.model.dtype = asked.model.dtype or ("auto" if asked.lora.use_peft else "float32")
-    dataset = open_dataset(asked.data)
-    check_possible(dataset, asked.data.horizon, asked.data.skip_first)
-    return _plan(asked, dataset) if args.dry_run else _train(asked, dataset)
+    parts = [(part, open_dataset(part)) for part in parts_of(asked.data, asked.model)]
+    for part, dataset in parts:
+        check_possible(dataset, part.horizon, part.skip_first)
+    return _plan(asked, parts) if args.dry_run else _train(asked, parts)
 
 
-def _train(asked: Asked, dataset) -> int:
+def _load(asked: Asked, parts, model_args: ModelArguments, **options: Any) -> tuple[Any, Any, Any, list[str]]:
+    """The policy, what it is trained and evaluated on, and the `unnorm_key` of each dataset."""
+    (data, dataset), *others = parts
+    options |= quantized_loading(asked.lora, asked.args)
+    policy, key = load_policy(model_args, data, dataset, asked.args.seed, others=others, **options)
+    horizon = policy.action_config.horizon
+    if not others:
+        return policy, *chunk_datasets(dataset, data, horizon, asked.args.seed), [key]
+    train_dataset, eval_dataset = mixture_of(parts, asked.data.dataset_weights, horizon, asked.args.seed)
+    return policy, train_dataset, eval_dataset, [part.unnorm_key for part in train_dataset.parts]
+
+
+def _train(asked: Asked, parts) -> int:
     args = asked.args
-    policy, key = load_policy(asked.model, asked.data, dataset, args.seed, **quantized_loading(asked.lora, args))
-    train_dataset, eval_dataset = chunk_datasets(dataset, asked.data, policy.action_config.horizon, args.seed)
-    if args.overfit_one_batch:
-        return overfit_one_batch(policy, train_dataset, args, lora=asked.lora, unnorm_key=key)
+    policy, train_dataset, eval_dataset, keys = _load(asked, parts, asked.model)
+    key = keys[0] if len(keys) == 1 else keys
     steps = Steps()
     fine_tune(
         policy, train_dataset, args, lora=asked.lora, eval_dataset=eval_dataset, unnorm_key=key, callbacks=[steps]
@@ -174,17 +190,21 @@ def _train(asked: Asked, dataset) -> int:
     return 0
 
 
-def _plan(asked: Asked, dataset) -> int:
+def _plan(asked: Asked, parts) -> int:
     """Write what the training would do. Everything is checked as it would be, on a model without weights."""
     args, model_args = asked.args, asked.model
     if model_args.action_tokenizer == "vq":
         model_args = replace(model_args, vq_steps=1)  # how well it fits changes no number of the plan
     lora = replace(asked.lora, lora_init=None)  # some ways to start need the weights
-    options = quantized_loading(asked.lora, args)
-    policy, key = load_policy(model_args, asked.data, dataset, args.seed, load=load_outline, **options)
-    chunks, held_out = chunk_datasets(dataset, asked.data, policy.action_config.horizon, args.seed)
+    policy, chunks, held_out, keys = _load(asked, parts, model_args, load=load_outline)
+    if isinstance(held_out, dict):
+        held_out = ConcatDataset(list(held_out.values()))
     model = model_of(policy, args, lora)
-    plan = make_plan(model, policy, key, dataset, chunks, held_out, args, lora)
+    plans = [
+        make_plan(model, policy, key, dataset, chunks, held_out, args, lora)
+        for key, (_, dataset) in zip(keys, parts, strict=True)
+    ]
+    plan = replace(plans[0], datasets=tuple(report for each in plans for report in each.datasets))
     if args.process_index == 0:
         sys.stdout.write(plan.text())
     return 0

@@ -92,11 +92,26 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
-    """Which dataset, and what its numbers mean."""
+    """Which datasets, and what their numbers mean.
 
-    dataset: str = field(metadata={"help": "Folder of a dataset: LeRobot v2.0 to v3.0, or RLDS."})
-    unnorm_key: str | None = field(
-        default=None, metadata={"help": "Name of the statistics in the checkpoint. Default: the folder's name."}
+    A list of one is the same as its one value, and is kept as that.
+    """
+
+    dataset: list[str] = field(
+        metadata={"help": "Folder of a dataset: LeRobot v2.0 to v3.0, or RLDS. Several are trained on as a mixture."}
+    )
+    dataset_weights: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "For several datasets: the share of the samples that each gives, such as 0.7 0.2 0.1. Default: by "
+            "their sizes."
+        },
+    )
+    unnorm_key: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Name of the statistics in the checkpoint, one for each dataset. Default: the folder's name."
+        },
     )
     cameras: list[str] | None = field(
         default=None, metadata={"help": "Cameras to use, such as image_0. Default: all."}
@@ -107,10 +122,11 @@ class DataArguments:
             "help": "Column of the actions; several of an RLDS dataset with commas, to be joined in this order."
         },
     )
-    transform: str | None = field(
+    transform: list[str] | None = field(
         default=None,
         metadata={
-            "help": "What to do with the dataset's numbers first: bridge_orig (as OpenVLA: first step dropped, gripper "
+            "help": "What to do with the dataset's numbers first (several datasets: one for each, 'none' for nothing, or "
+            "one for all): bridge_orig (as OpenVLA: first step dropped, gripper "
             "decided, actions from reached states), bridge_orig_commanded, fractal, libero, calvin, calvin_metric, or your "
             "own as module:name. It says what the actions mean, so leave out --action_* and --gripper*."
         },
@@ -169,6 +185,12 @@ class DataArguments:
             "choices": ["bounds_q99", "bounds"],
         },
     )
+
+    def __post_init__(self):
+        for name in ("dataset", "unnorm_key", "transform"):
+            value = getattr(self, name)
+            if isinstance(value, (list, tuple)) and len(value) == 1:
+                setattr(self, name, value[0])
 
 
 @dataclass
@@ -276,13 +298,6 @@ class VLATrainingArguments(TrainingArguments):
         metadata={
             "help": "Say what would be done, and stop before any weight is loaded: trained numbers of each part, memory, "
             "steps, tokens a sample, and what is odd about the dataset."
-        },
-    )
-    overfit_one_batch: bool = field(
-        default=False,
-        metadata={
-            "help": "An early check: train on one batch again and again (--max_steps, else 300), then ask the policy for it. "
-            "Ends with a verdict, and with exit status 1 if it has not learned it by heart."
         },
     )
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Train into a folder that is not empty."})

@@ -38,7 +38,7 @@ class DrawnDataset(Dataset):
             return self.dataset[draw]
         item, position = draw
         with kept_randomness():
-            _seed([self.seed, position])
+            seed_all([self.seed, position])
             return self.dataset[item]
 
 
@@ -94,7 +94,8 @@ def kept_randomness():
         torch.set_rng_state(states[2])
 
 
-def _seed(entropy: list[int]) -> None:
+def seed_all(entropy: list[int]) -> None:
+    """Begin the random numbers of this process (CPU generators) at a place that these numbers name."""
     words = np.random.SeedSequence(entropy).generate_state(3)
     random.seed(int(words[0]))
     np.random.seed(words[1])

@@ -23,7 +23,7 @@ from hf_vla_actions.train.checkpoints import (
     seal,
     write_json,
 )
-from hf_vla_actions.train.order import DrawnDataset, TrainingOrder, kept_randomness
+from hf_vla_actions.train.order import DrawnDataset, TrainingOrder, kept_randomness, seed_all
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ class ResumableTrainer(Trainer):
     What it adds to Trainer's own resuming (optimizer, schedule, random numbers of each process):
         - the order of the data and what items decide by chance follow from the seed and the place in the sequence
           (`train.order`), in every epoch and for any number of processes and workers;
-        - evaluation leaves the random numbers of the training as they were;
+        - evaluation has random numbers of its own;
         - sums since the last line of the log are saved, so the next line is what it would have been;
         - a run that ended right after its last checkpoint is not trained a step further;
         - a checkpoint gets its name when it is complete (`train.checkpoints`).
@@ -112,8 +112,9 @@ class ResumableTrainer(Trainer):
             super()._run_epoch(*args, **kwargs)
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
-        """As Trainer's; the training after it draws the random numbers that it would have drawn without."""
+        """As Trainer's, with random numbers of its own: what comes before it does not matter, nor does it to the rest."""
         with kept_randomness():
+            seed_all([self.args.seed])
             return super().evaluate(*args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

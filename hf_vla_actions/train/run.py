@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from accelerate.utils import gather_object
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Subset
 
 from hf_vla_actions.config import ActionConfig
+from hf_vla_actions.data.mixture import MixtureDataset
 from hf_vla_actions.errors import TrainingError
 from hf_vla_actions.models.families import OPENVLA_TYPE
 from hf_vla_actions.train.arguments import LoraArguments, VLATrainingArguments
 from hf_vla_actions.train.checkpoints import UNFINISHED, last_whole, read_seal, remove_unfinished, saving, write_json
+from hf_vla_actions.train.collator import ActionCollator
 from hf_vla_actions.train.freeze import Frozen, freeze_parts
 from hf_vla_actions.train.lora import add_lora
 from hf_vla_actions.train.record import FILE_NAME as TRAINING_FILE
@@ -48,25 +51,27 @@ def fine_tune(
     *,
     lora: LoraArguments | None = None,
     eval_dataset=None,
-    unnorm_key: str | None = None,
+    unnorm_key: str | Sequence[str] | None = None,
     callbacks=None,
 ) -> tuple[Any, dict[str, float]]:
     """Train a policy and save it to `args.output_dir`, with its metrics in `action_metrics.json`.
 
     Args:
         policy: model made by `to_vla`; trained in place.
-        train_dataset: ChunkDataset.
+        train_dataset: ChunkDataset, or a MixtureDataset.
         args: as for Transformers' Trainer.
         lora: train an adapter instead of all weights.
-        eval_dataset: ChunkDataset of held-out episodes.
-        unnorm_key: which statistics and action space the datasets belong to.
+        eval_dataset: ChunkDataset of held-out episodes; for a mixture a dict of them by `unnorm_key`.
+        unnorm_key: which statistics and action space the datasets belong to; for a mixture those of all its parts.
         callbacks: for the Trainer.
 
     Returns:
         The trained model (a PeftModel with LoRA) and the metrics: those of held-out episodes start with `eval_`,
-        those of a sample of the training data with `train_`.
+        those of a sample of the training data with `train_`; of a mixture each dataset's with `eval_KEY_`, `train_KEY_`.
     """
-    taco_loss_of(policy.action_config, args, policy.action_config.resolve(unnorm_key))  # before an old run is removed
+    taco_loss_of(
+        policy.action_config, args, ActionCollator(policy.prompts, unnorm_key).unnorm_keys
+    )  # before an old run is removed
     checkpoint = prepare_output(args)
     _check_same_checkpoint(checkpoint, args)
     if checkpoint is not None:
@@ -185,6 +190,8 @@ def _remove_old_run(folder: Path) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def _sample(dataset, seed: int) -> Dataset:
+def _sample(dataset, seed: int) -> Any:
+    if isinstance(dataset, MixtureDataset):
+        return {part.unnorm_key: _sample(part, seed) for part in dataset.parts}
     rows = np.random.default_rng(seed).permutation(len(dataset))[:TRAIN_SAMPLE]
     return Subset(dataset, sorted(rows.tolist()))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -43,7 +43,9 @@ logger = logging.getLogger(__name__)
 
 def open_dataset(args: DataArguments) -> EpisodeReader:
     """Open the dataset that the options name."""
-    return open_path(args.dataset, cameras=args.cameras, action_key=args.action_key, transform=args.transform)
+    folder: Any = args.dataset
+    transform: Any = args.transform
+    return open_path(folder, cameras=args.cameras, action_key=args.action_key, transform=transform)
 
 
 def chunk_datasets(dataset: EpisodeReader, args: DataArguments, horizon: int, seed: int):
@@ -142,6 +144,7 @@ def load_policy(
     dataset: EpisodeReader,
     seed: int,
     *,
+    others: Sequence[tuple[DataArguments, EpisodeReader]] = (),
     load: Callable[..., tuple[Any, Any]] = load_model,
     **load_options: Any,
 ) -> tuple[Any, str]:
@@ -155,13 +158,14 @@ def load_policy(
         data_args: what its numbers mean.
         dataset: the dataset.
         seed: of the split into episodes.
+        others: more datasets of a mixture, whose statistics and action spaces the policy gets too.
         load: loads model and processor; `models.native.load_outline` for what needs no weights.
         load_options: for the model's `from_pretrained`, such as those of `train.lora.quantized_loading`.
 
     Raises:
         TrainingError: options contradict each other, the dataset or the checkpoint.
     """
-    key = data_args.unnorm_key or dataset.name
+    key: str = data_args.unnorm_key or dataset.name  # type: ignore[assignment]
     space = space_of(dataset, data_args)
     parts = split_episodes(dataset, data_args.eval_fraction, seed)
     entry = stats_of(dataset, space, parts[0], data_args.norm_mode)
@@ -202,13 +206,10 @@ def load_policy(
         if native:
             # Each of its datasets has a camera of its own, and only the number of pictures can be checked in use.
             config = replace(config, cameras=dataset.cameras)
-    if isinstance(config.tokenizer, FASTActionTokenizer):
-        actions, _ = chunks_of(dataset, config.horizon, parts[0], data_args.skip_first, seed)
-        budget = code_budget(config.tokenizer, entry["action"].normalize(actions))
-        budget = max(budget, config.token_budget.get(key, 0))  # what it was trained on before, it may still say
-        logger.info("a chunk may take %d tokens (one for each number would be %d)", budget, config.horizon * space.dof)
-        config = replace(config, token_budget={**config.token_budget, key: budget})
+    config = _with_budget(config, key, data_args, dataset, seed)
     logger.info("actions of %r: %s", key, "; ".join(space.describe(i) for i in range(space.dof)))
+    for more_args, more in others:
+        config = _with_dataset(config, space.dof, more_args, more, seed)
     policy = to_vla(model, processor, config)
     if native:
         share_statistics(policy)
@@ -217,6 +218,37 @@ def load_policy(
         # They fall on rows that the model has but never trained: some are zero, or all the same.
         initialize_rows(policy, ids)
     return policy, key
+
+
+def _with_budget(
+    config: ActionConfig, key: str, args: DataArguments, dataset: EpisodeReader, seed: int
+) -> ActionConfig:
+    """With FAST, the config with the number of tokens that a chunk of the dataset may take."""
+    if not isinstance(config.tokenizer, FASTActionTokenizer):
+        return config
+    episodes = split_episodes(dataset, args.eval_fraction, seed)[0]
+    actions, _ = chunks_of(dataset, config.horizon, episodes, args.skip_first, seed)
+    budget = code_budget(config.tokenizer, config.stats(key).normalize(actions))
+    budget = max(budget, config.token_budget.get(key, 0))  # what it was trained on before, it may still say
+    numbers = config.horizon * config.space(key).dof
+    logger.info("a chunk of %r may take %d tokens (one for each number would be %d)", key, budget, numbers)
+    return replace(config, token_budget={**config.token_budget, key: budget})
+
+
+def _with_dataset(
+    config: ActionConfig, dof: int, args: DataArguments, dataset: EpisodeReader, seed: int
+) -> ActionConfig:
+    """The config with one more dataset of a mixture."""
+    key: Any = args.unnorm_key or dataset.name
+    space = space_of(dataset, args)
+    if space.dof != dof:
+        raise TrainingError(
+            f"{dataset.root} has actions of {space.dof} dimensions, the first dataset of {dof}: the datasets of a mixture "
+            "must have equally many; a --transform can leave out or join some"
+        )
+    entry = stats_of(dataset, space, split_episodes(dataset, args.eval_fraction, seed)[0], args.norm_mode)
+    logger.info("actions of %r: %s", key, "; ".join(space.describe(i) for i in range(space.dof)))
+    return _with_budget(_extended(config, key, entry, space), key, args, dataset, seed)
 
 
 def _extended(old: ActionConfig, key: str, entry: dict[str, Any], space: ActionSpace) -> ActionConfig:

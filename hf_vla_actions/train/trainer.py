@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,21 +26,22 @@ class VLATrainer(ResumableTrainer):
     Args:
         model: what to train.
         args: VLATrainingArguments (or TrainingArguments with `remove_unused_columns=False`).
-        unnorm_key: which statistics and action space the dataset belongs to.
+        unnorm_key: which statistics and action space the dataset belongs to; several for a mixture.
         kwargs: as for Trainer (`train_dataset`, `eval_dataset`, `callbacks`, ...).
     """
 
-    def __init__(self, model, args, *, unnorm_key: str | None = None, **kwargs: Any):
+    def __init__(self, model, args, *, unnorm_key: str | Sequence[str] | None = None, **kwargs: Any):
         policy: Any = model if isinstance(model, ActionPredictionMixin) else model.get_base_model()
         self.policy: Any = policy
-        self.unnorm_key = policy.action_config.resolve(unnorm_key)
-        self.taco_loss = taco_loss_of(policy.action_config, args, self.unnorm_key)
+        keys = ActionCollator(policy.prompts, unnorm_key).unnorm_keys
+        self.unnorm_key = keys[0]  # in an evaluation: of the dataset that is evaluated
+        self.taco_loss = taco_loss_of(policy.action_config, args, keys)
         self._violation: torch.Tensor | None = None  # summed up since the last line of the log
         self._violation_since = 0
         super().__init__(
             model,
             args,
-            data_collator=ActionCollator(policy.prompts, self.unnorm_key),
+            data_collator=ActionCollator(policy.prompts, keys),
             compute_loss_func=self._loss,
             compute_metrics=self._metrics,
             preprocess_logits_for_metrics=self._codes,
@@ -120,6 +122,18 @@ class VLATrainer(ResumableTrainer):
             )
         return loss
 
+    def evaluate(self, eval_dataset=None, *args, **kwargs) -> dict[str, float]:
+        """As Trainer's; in a dict of datasets, as a mixture has, the names are their `unnorm_key`."""
+        named = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(named, dict):
+            prefix = kwargs.pop("metric_key_prefix", "eval")
+            metrics: dict[str, float] = {}
+            for key, dataset in named.items():
+                self.unnorm_key = self.policy.action_config.resolve(key)
+                metrics.update(super().evaluate(dataset, *args, metric_key_prefix=f"{prefix}_{key}", **kwargs))
+            return metrics
+        return super().evaluate(eval_dataset, *args, **kwargs)
+
     def prediction_step(self, model, inputs, *args, **kwargs):
         """One step of evaluation."""
         inputs = {name: value for name, value in inputs.items() if name != "sample_ids"}
@@ -175,14 +189,19 @@ class VLATrainer(ResumableTrainer):
             save_adapter(model, folder)
 
 
-def taco_loss_of(config: ActionConfig, args, unnorm_key: str) -> TACOLoss | None:
+def taco_loss_of(config: ActionConfig, args, unnorm_keys: Sequence[str]) -> TACOLoss | None:
     """The auxiliary loss that the training arguments ask for, checked; None if they ask for none."""
     if not isinstance(args, VLATrainingArguments) or not args.taco_loss_weight:
         return None
+    if len(unnorm_keys) > 1:
+        raise TrainingError(
+            f"taco_loss_weight is for one dataset, whose units the constraints are in; this is a mixture of "
+            f"{list(unnorm_keys)}: leave it out"
+        )
     if args.taco_constraints is None and not config.limits:
         raise TrainingError(
             "taco_loss_weight needs constraints, and the policy has no permanent limits: pass --taco_constraints, such as "
             "'Range(x, -0.005, 0.005)'"
         )
     constraints = None if args.taco_constraints is None else parse_constraints(args.taco_constraints)
-    return TACOLoss(constraints, config, unnorm_key)
+    return TACOLoss(constraints, config, unnorm_keys[0])
