@@ -19,7 +19,7 @@ from hf_vla_actions.actions.compute import (
 )
 from hf_vla_actions.actions.formats import read_stats
 from hf_vla_actions.data import LeRobotDataset, LeRobotWriter, number_stream, open_dataset
-from hf_vla_actions.data.dataset_stats import Request, measure
+from hf_vla_actions.data.dataset_stats import Request, measure, merge_shards
 from hf_vla_actions.data.number_stream import open_numbers
 from hf_vla_actions.data.stats_command import main
 from hf_vla_actions.data.stats_repair import envelope, repair_stats
@@ -134,6 +134,11 @@ def test_episodes_that_run_through_several_batches_stay_whole(tmp_path, monkeypa
     again = measure(path, Request(horizon=4), progress=False)
     assert (again.episodes, again.short, again.rows) == (whole.episodes, whole.short, whole.rows) == (7, 2, 52)
     assert again.stats["action"].to_dict() == whole.stats["action"].to_dict()
+    # In one row group, no shard can leave out the episodes of the others by its bounds.
+    parts = [measure(path, Request(horizon=4, shard=(i, 3)), progress=False) for i in (2, 3, 1)]
+    assert [part.episodes for part in parts] == [2, 2, 3]
+    (merged,) = merge_shards(parts)
+    assert merged.stats["action"].to_dict() == whole.stats["action"].to_dict()
 
 
 def test_compute_norm_stats_of_an_open_dataset(tmp_path):
