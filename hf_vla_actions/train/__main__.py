@@ -24,6 +24,7 @@ from hf_vla_actions.train.arguments import (
 )
 from hf_vla_actions.train.config_file import ConfigFile, take_config, unknown_option
 from hf_vla_actions.train.lora import quantized_loading
+from hf_vla_actions.train.overfit import overfit_one_batch
 from hf_vla_actions.train.parts import mixture_of, parts_of
 from hf_vla_actions.train.plan import check_possible, make_plan
 from hf_vla_actions.train.recipes import Recipe, asked_recipe, log_differences
@@ -173,6 +174,8 @@ def _train(asked: Asked, parts) -> int:
     args = asked.args
     policy, train_dataset, eval_dataset, keys = _load(asked, parts, asked.model)
     key = keys[0] if len(keys) == 1 else keys
+    if args.overfit_one_batch:
+        return overfit_one_batch(policy, train_dataset, args, lora=asked.lora, unnorm_key=key)
     steps = Steps()
     fine_tune(
         policy, train_dataset, args, lora=asked.lora, eval_dataset=eval_dataset, unnorm_key=key, callbacks=[steps]

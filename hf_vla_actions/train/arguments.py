@@ -300,6 +300,13 @@ class VLATrainingArguments(TrainingArguments):
             "steps, tokens a sample, and what is odd about the dataset."
         },
     )
+    overfit_one_batch: bool = field(
+        default=False,
+        metadata={
+            "help": "An early check: train on one batch again and again (--max_steps, else 300), then ask the policy for it. "
+            "Ends with a verdict, and with exit status 1 if it has not learned it by heart."
+        },
+    )
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Train into a folder that is not empty."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Kept false: pictures are columns too."})
     logging_steps: float = field(default=10, metadata={"help": "Steps between two lines of the log."})
