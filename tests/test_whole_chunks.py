@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from test_train import arguments, write_dataset
 from tiny import INSTRUCTIONS, SPACE, STATS, sharpen, tiny_llama, tiny_tokenizer
 
@@ -18,6 +19,7 @@ from hf_vla_actions import (
     VQActionTokenizer,
     to_vla,
 )
+from hf_vla_actions.cli import main
 from hf_vla_actions.constraints import Range, Rate, Speed
 from hf_vla_actions.data import ChunkDataset, LeRobotDataset
 from hf_vla_actions.errors import CheckpointError, VLAActionsError
@@ -186,3 +188,27 @@ def test_inspect_reads_their_checkpoints(tokenizers, kind, tmp_path):
     fresh(tokenizers[kind], "llava").save_pretrained(tmp_path)
     report = inspect_checkpoint(str(tmp_path))
     assert not report.problems
+
+
+@pytest.mark.parametrize("kind", ["fast", "vq"])
+def test_predict_reports_which_constraints_were_kept_when(tokenizers, kind, tmp_path, capsys):
+    vla = fresh(tokenizers[kind], "llava")
+    vla.save_pretrained(tmp_path / "policy")
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "red.png")
+    argv = ["predict", "--policy", str(tmp_path / "policy"), "--image", str(tmp_path / "red.png"), "--no_self_test"]
+    argv += ["--instruction", "open the drawer", "--report"]
+    limits = "Range(x, 0.01, 0.015); Speed([y, z], 0.2); Soft(Range(z, 0.0), 10)"
+    mode = ["--mode", "mixture"] if kind == "fast" else []
+    assert main([*argv, "--constraints", limits, *mode]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    when = "while" if kind == "fast" else "after"
+    assert [line for line in lines if line.startswith(f"kept {when} decoding: Range('x', low=0.01, high=0.015)")]
+    assert [line for line in lines if line.startswith("kept after decoding: Speed(('y', 'z'), max=0.2) (")]
+    assert [line for line in lines if line.startswith("without effect:      Soft(Range('z'")]
+    assert [line for line in lines if line.startswith("moved at most:")]
+    assert any(line.startswith("candidate:") for line in lines) == (kind == "vq")
+    assert main(argv) == 0
+    assert "no constraints" in capsys.readouterr().out
+    out = vla.predict_action(**vla.prepare(Image.open(tmp_path / "red.png"), "open the drawer"), return_dict=True)
+    with pytest.raises(VLAActionsError, match=r"stand for whole chunks.*kept_while"):
+        _ = out.confidence

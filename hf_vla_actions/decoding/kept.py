@@ -27,6 +27,15 @@ class KeptWhile:
     afterwards: tuple[tuple[str, str], ...] = ()
     without_effect: tuple[str, ...] = ()
 
+    def summary(self) -> str:
+        """One line a constraint."""
+        lines = [f"kept while decoding: {text}" for text in self.decoding]
+        lines += [f"kept after decoding: {text} ({why})" for text, why in self.afterwards]
+        lines += [
+            f"without effect:      {text} (soft, and tokens stand for whole chunks)" for text in self.without_effect
+        ]
+        return "\n".join(lines or ["no constraints"])
+
 
 def hard_parts(
     bound: BoundConstraints, sample: int, context: Context | None

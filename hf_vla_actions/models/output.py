@@ -89,6 +89,11 @@ class ActionOutput:
     @cached_property
     def confidence(self) -> ConfidenceReport:
         """What constraints did to the policy's distributions; worked out when it is first asked for."""
+        if self.report is None and self.kept_while:
+            raise VLAActionsError(
+                "tokens of FAST and VQ stand for whole chunks: no number has a distribution to report on. What constraints did "
+                "is in kept_while, moved, certified and candidate (hf-vla predict --report prints it)"
+            )
         if self.report is None:
             raise VLAActionsError("this policy predicts numbers, not tokens: there are no distributions to report on")
         return self.report()

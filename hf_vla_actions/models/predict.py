@@ -16,6 +16,7 @@ from hf_vla_actions.constraints.text import parse_constraints
 from hf_vla_actions.errors import VLAActionsError, one_line_errors
 from hf_vla_actions.models.auto import AutoModelForActionPrediction, load_action_config
 from hf_vla_actions.models.generation import MODES
+from hf_vla_actions.models.output import ActionOutput
 
 EPILOG = """\
 example:
@@ -56,7 +57,9 @@ def parser() -> argparse.ArgumentParser:
         "--last_action", type=float, nargs="+", help="the action carried out last, for Rate and Sticky"
     )
     options.add_argument(
-        "--report", action="store_true", help="also print what the constraints did to the policy's distributions"
+        "--report",
+        action="store_true",
+        help="also print what the constraints did to the policy's distributions; FAST, VQ: which were kept when, and what moved",
     )
     options.add_argument(
         "--no_self_test", action="store_true", help="do not check first that it sees its picture and reads its words"
@@ -96,8 +99,22 @@ def main(argv: list[str] | None = None) -> int:
         columns["demonstrated"] = demonstrated[: config.horizon]
     sys.stdout.write(table(config.space(key), columns))
     if args.report:
-        sys.stdout.write(f"\n{out[list(wanted)[-1]].confidence.summary()}\n")
+        sys.stdout.write(f"\n{report(out[list(wanted)[-1]], config.space(key))}\n")
     return 0
+
+
+def report(out: ActionOutput, space) -> str:
+    """What constraints did, in words: to the distributions of single numbers, or to a whole chunk."""
+    if not out.kept_while:
+        return out.confidence.summary()
+    lines = [out.kept_while[0].summary()]
+    if out.candidate is not None:
+        which = {0: "the first", -1: "the first, as none is allowed"}.get(int(out.candidate[0]), str(out.candidate[0]))
+        lines.append(f"candidate:           {which}")
+    most = np.abs(out.moved[0]).max(axis=0)
+    moved = [f"{space.names[d]} {most[d]:.3g} {space.units[d] or ''}".strip() for d in np.flatnonzero(most)]
+    lines.append(f"moved at most:       {', '.join(moved) or 'nothing, the chunk is what the tokens say'}")
+    return "\n".join(lines)
 
 
 def table(space, columns: dict[str, np.ndarray]) -> str:
