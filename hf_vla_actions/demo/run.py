@@ -131,8 +131,8 @@ def train(folder: Path, data: Path, settings: DemoSettings, seed: int):
 
     model_args = ModelArguments(model_name_or_path=str(folder / "base"), prompt=PROMPT)
     data_args = DataArguments(
-        dataset=str(data),
-        unnorm_key="tabletop",
+        dataset=[str(data)],
+        unnorm_key=["tabletop"],
         horizon=settings.horizon,
         action_units=UNIT_OPTIONS,
         action_kind="delta",

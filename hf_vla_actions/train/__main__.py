@@ -153,6 +153,8 @@ def main(argv: list[str] | None = None) -> int:
         raise TrainingError("output_dir is the folder of the model itself; train into another one")
     asked.model.dtype = asked.model.dtype or ("auto" if asked.lora.use_peft else "float32")
     parts = [(part, open_dataset(part)) for part in parts_of(asked.data, asked.model)]
+    if args.overfit_one_batch and len(parts) > 1:
+        raise TrainingError("overfit_one_batch is for one dataset: name one of them")
     for part, dataset in parts:
         check_possible(dataset, part.horizon, part.skip_first)
     return _plan(asked, parts) if args.dry_run else _train(asked, parts)
@@ -175,7 +177,7 @@ def _train(asked: Asked, parts) -> int:
     policy, train_dataset, eval_dataset, keys = _load(asked, parts, asked.model)
     key = keys[0] if len(keys) == 1 else keys
     if args.overfit_one_batch:
-        return overfit_one_batch(policy, train_dataset, args, lora=asked.lora, unnorm_key=key)
+        return overfit_one_batch(policy, train_dataset, args, lora=asked.lora, unnorm_key=keys[0])
     steps = Steps()
     fine_tune(
         policy, train_dataset, args, lora=asked.lora, eval_dataset=eval_dataset, unnorm_key=key, callbacks=[steps]

@@ -31,7 +31,13 @@ class Steps(TrainerCallback):
 
 
 def training_record(
-    asked: dict[str, Any], groups: list[Any], *, recipe, config_file: ConfigFile | None, steps: int, unnorm_key: str
+    asked: dict[str, Any],
+    groups: list[Any],
+    *,
+    recipe,
+    config_file: ConfigFile | None,
+    steps: int,
+    unnorm_key: str | list[str],
 ) -> dict[str, Any]:
     """JSON-ready values.
 
@@ -41,7 +47,7 @@ def training_record(
         recipe: the Recipe, or None.
         config_file: the file of options, or None.
         steps: of the optimizer.
-        unnorm_key: of the dataset.
+        unnorm_key: of the dataset; of a mixture those of all.
     """
     defaults = {f.name: _default(f) for group in groups for f in fields(group)}
     values = {f.name: getattr(group, f.name) for group in groups for f in fields(group)}
