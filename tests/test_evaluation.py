@@ -7,12 +7,15 @@ from tiny import NAMES, SPACE, STATS, tiny_tokenizer
 
 from hf_vla_actions import (
     ActionConfig,
+    ActionSpace,
     ActionVocabulary,
     FASTActionTokenizer,
+    Gripper,
     NormStats,
     UniformActionTokenizer,
     VQActionTokenizer,
 )
+from hf_vla_actions.evaluate.agreement import adds_up, grid_codes, gripper_scores, position_dims
 from hf_vla_actions.evaluate.teacher_forced import ids_by_place, metrics_of
 from hf_vla_actions.models.collator import IGNORED
 
@@ -114,3 +117,72 @@ def test_bins_are_looked_at_number_by_number():
     found = metrics_of(config, "my_robot", codes, labels)
     assert found["token_accuracy/x"] == pytest.approx(1 - 1 / (1 + 5 * HORIZON))
     assert found["token_accuracy/y"] == 1
+
+
+def test_near_bins_and_the_gripper_are_scored_in_training(vq):
+    """In every kind of policy, in bins of what the robot is told."""
+    labels = demonstrated(vq)
+    entries = vq.vocabulary.to_codes(labels[:, :-1]) % 16
+    entries[:3, 1] = (entries[:3, 1] + 1) % 16
+    found = metrics_of(vq, "my_robot", entries, labels)
+    ids = ids_by_place(vq, "my_robot")[np.arange(3), entries]
+    bins = [STATS.normalize(vq.decode(i)[1]) for i in (ids, labels[:, :-1])]
+    codes = [np.clip(np.floor((b + 1) / 2 * 256), 0, 255) for b in bins]  # equal bins of [-1, 1], from the definition
+    far = np.abs(codes[0] - codes[1])
+    for k in (1, 2, 5):
+        assert found[f"within_{k}_bins/y"] == pytest.approx(np.mean(far[..., 1] <= k))
+    assert found["within_1_bins/y"] < found["within_5_bins/y"] < 1
+    assert {"gripper_closed_f1", "gripper_opening_events"} <= set(found)
+
+
+def test_bins_are_those_of_the_policy():
+    config = config_of(UniformActionTokenizer(32))
+    actions = STATS.unnormalize(smooth(6, HORIZON, DOF, seed=3))
+    codes = grid_codes(config, "my_robot", actions)
+    np.testing.assert_array_equal(codes.reshape(6, -1), config.vocabulary.to_codes(config.encode(actions)))
+
+
+def test_gripper_that_is_told_to_change_is_scored_by_its_commands():
+    space = ActionSpace(["x", "grip"], gripper=Gripper("grip", open=-1.0, closed=1.0, relative=True))
+    wanted, told = np.zeros((2, 3, 4, 2))
+    wanted[0, 1, 1] = wanted[2, 3, 1] = -1.0  # to open
+    wanted[1, 0, 1] = 1.0
+    told[0, 2, 1] = -0.8  # a step late
+    told[1, 3, 1] = 1.0  # three steps late
+    told[2, 3, 1] = -0.01  # too small to be a command
+    found = gripper_scores(space, told, wanted, np.ones((3, 4), bool))
+    assert (found["gripper_opening_precision"], found["gripper_opening_recall"]) == (1, 0.5)
+    assert (found["gripper_closing_precision"], found["gripper_closing_recall"]) == (0, 0)
+    assert "gripper_open_f1" not in found, "commands are no states"
+    mask = np.ones((3, 4), bool)
+    mask[2, 3] = False
+    assert gripper_scores(space, told, wanted, mask)["gripper_opening_recall"] == 1
+    assert gripper_scores(ActionSpace(["x"]), told[..., :1], wanted[..., :1], mask) == {}
+
+
+def test_state_before_the_chunk_makes_its_first_step_an_event():
+    told = np.zeros((2, 1, 7))
+    told[:, 0, 6] = 1.0
+    mask = np.ones((2, 1), bool)
+    assert gripper_scores(SPACE, told, told, mask, np.array([0.0, 1.0]))["gripper_opening_events"] == 1
+    assert gripper_scores(SPACE, told, told, mask, np.array([np.nan, np.nan]))["gripper_opening_events"] == 0
+
+
+def test_positions_are_known_by_names_and_one_unit_of_length():
+    assert position_dims(SPACE) == ([0, 1, 2], 1.0)
+    assert position_dims(ActionSpace(["z", "x"], units=("mm", "mm"), delta=False)) == ([1, 0], 0.001)
+    for space in (
+        ActionSpace(["x", "y"], units=("m", "mm"), delta=True),
+        ActionSpace(["x", "y"], units=("rad", "rad"), delta=True),
+        ActionSpace(["x", "y"], units=("m", "m")),
+        ActionSpace(["x", "y"], units=("m", "m"), delta=(True, False)),
+        ActionSpace(["a"], units=("m",), delta=True),
+        ActionSpace.unnamed(3),
+    ):
+        assert position_dims(space) is None
+
+
+def test_changes_add_up_unless_all_are_relative_to_the_beginning():
+    assert adds_up(SPACE) == list(range(6))
+    assert adds_up(ActionSpace(["x", "y"], delta=(True, False))) == [0]
+    assert adds_up(ActionSpace(["x"], delta=True, anchor="chunk")) == []
