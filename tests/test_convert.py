@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from hf_vla_actions.actions import Actions, ActionSpace, Gripper, PoseDims
 from hf_vla_actions.actions.rotations import from_matrix, size_of, to_matrix
-from hf_vla_actions.data import LeRobotDataset
+from hf_vla_actions.data import TRANSFORMS, LeRobotDataset
+from hf_vla_actions.data.transforms import calvin_metric
 from hf_vla_actions.errors import ActionSpaceError
 
 LENGTHS = {"m": 1.0, "cm": 0.01, "mm": 0.001, "in": 0.0254}
@@ -206,6 +207,34 @@ def test_a_state_of_its_own_brings_its_own_units_for_single_dimensions():
     state = ActionSpace(("tilt", "other", "lift"), ("rad", None, "cm"), False, "joint").wrap([np.pi, 7.0, 50.0])
     out = lift.convert([[1.0, 90.0], [2.0, -180.0]], target, state)
     np.testing.assert_allclose(out, [[1.5 * np.pi, 0.501], [0.5 * np.pi, 0.503]], atol=1e-12)
+
+
+def test_published_commands_have_sizes_in_meters_and_radians():
+    libero = TRANSFORMS["libero"].result
+    units = ("m",) * 3 + ("rad",) * 3 + (None,)
+    metric = replace_space(libero, names=libero.names, units=units)
+    command = np.array([1.0, -0.5, 0.0, 0.2, 0.0, 1.0, 1.0])
+    out = libero.convert(command, metric)
+    np.testing.assert_allclose(out, [0.05, -0.025, 0, 0.1, 0, 0.5, 1], atol=1e-15)
+    np.testing.assert_allclose(metric.convert(out, libero), command, atol=1e-15)
+    calvin, in_metric = TRANSFORMS["calvin"].result, TRANSFORMS["calvin_metric"].result
+    np.testing.assert_allclose(calvin.convert(command, in_metric)[:6], calvin_metric(command[:6]), atol=1e-15)
+
+
+@pytest.mark.parametrize(
+    "unit", ["-2 m", "0 m", "nan m", "inf m", "0.05 furlong", "0.05", "2  m", "m 2", "0.05 rad", ""]
+)
+def test_units_that_are_no_length_raise(unit):
+    source, to = (ActionSpace(("a",), (u,), True, "joint", anchor="step") for u in (unit, "m"))
+    with pytest.raises(ActionSpaceError, match="nobody can turn"):
+        source.convert([[1.0]], to)
+
+
+def test_angles_in_multiples_of_a_radian_are_no_single_dimensions():
+    names = ("a", "b")
+    source = ActionSpace(names, ("0.5 rad",) * 2, True, "base", anchor="step")
+    with pytest.raises(ActionSpaceError, match="nobody has said of what"):
+        source.convert([[1.0, 2.0]], ActionSpace(names, ("0.5 rad",) * 2, False, "base"), [0.0, 0.0])
 
 
 def test_torch_gives_the_same_numbers():

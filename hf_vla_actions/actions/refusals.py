@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from hf_vla_actions.actions.motion import Side
 from hf_vla_actions.actions.space import ActionSpace
-from hf_vla_actions.actions.units import ANGLES
+from hf_vla_actions.actions.units import is_angle
 from hf_vla_actions.errors import ActionSpaceError
 
 KINDS = {True: "delta", False: "absolute", None: "delta or absolute, nobody has said"}
@@ -129,8 +129,8 @@ def check_alone(source: ActionSpace, to: ActionSpace, i: int, way: str, others: 
     if way == "same" or free:
         return
     _check_axes(source.frame)
-    angles = [j for j in others if to.units[j] in ANGLES]
-    if source.frame != "joint" and source.units[i] in ANGLES and angles:
+    angles = [j for j in others if is_angle(to.units[j])]
+    if source.frame != "joint" and is_angle(source.units[i]) and angles:
         raise ActionSpaceError(
             f"{source.names[i]!r} and {[to.names[j] for j in angles]} are angles, and nobody has said of what: if they are "
             "a rotation say pose=PoseDims(position, rotation, form, turns), if they are joints say frame='joint'"

@@ -1,4 +1,4 @@
-"""Units of lengths and angles."""
+"""Units of lengths and angles: `m`, `deg`, and multiples of them such as `0.05 m`, in which a command of 1 is 5 cm."""
 
 from __future__ import annotations
 
@@ -23,8 +23,24 @@ def factor(unit: str | None, to: str | None, dim: str) -> float:
     """
     if unit == to:
         return 1.0
+    (one, name), (other, to_name) = _split(unit), _split(to)
     for kind in (LENGTHS, ANGLES):
-        if unit in kind and to in kind:
-            return kind[unit] / kind[to]
-    known = f"lengths {list(LENGTHS)}, angles {list(ANGLES)}"
+        if name in kind and to_name in kind:
+            return one * kind[name] / (other * kind[to_name])
+    known = f"lengths {list(LENGTHS)}, angles {list(ANGLES)}, and multiples such as '0.05 m'"
     raise ActionSpaceError(f"{dim}: nobody can turn {unit or 'no unit'} into {to or 'no unit'}; there are {known}")
+
+
+def is_angle(unit: str | None) -> bool:
+    """Whether a unit is one of angles, or a multiple of one."""
+    return _split(unit)[1] in ANGLES
+
+
+def _split(unit: str | None) -> tuple[float, str | None]:
+    """`0.05 m` to (0.05, "m"), `m` to (1.0, "m"); what is no positive multiple stays whole."""
+    number, _, name = (unit or "").partition(" ")
+    try:
+        size = float(number)
+    except ValueError:
+        return 1.0, unit
+    return (size, name) if name and 0 < size < math.inf else (1.0, unit)
