@@ -237,6 +237,7 @@ def plot_action_histograms(actions: np.ndarray, dimensions, ax=None, *, n_bins: 
     panels = np.asarray(ax).ravel()
     for panel, column, d in zip(panels, rows.T, dimensions, strict=True):
         panel.hist(column, bins=60, color="C0", log=True)
+        panel.set_ylim(bottom=0.7)  # the smallest bars, of one row, are seen too
         left, right = min(column.min(), d.low), max(column.max(), d.high)
         if n_bins and d.high > d.low:
             edges = np.linspace(d.low, d.high, n_bins + 1)
