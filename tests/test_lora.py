@@ -160,6 +160,8 @@ def test_frozen_text_embeddings_keep_every_row_but_those_of_action_tokens(tie, c
         assert len(changed), name
         if name in ("model.embed_tokens.weight", "lm_head.weight"):
             assert set(changed.tolist()) <= new
+    with pytest.raises(TrainingError, match="--freeze_text_embeddings with --use_peft"):
+        fine_tune(policy, chunks, arguments(tmp_path / "c", freeze_text_embeddings=True), lora=lora())
     args = arguments(tmp_path / "b", freeze_text_embeddings=True, weight_decay=0.1)
     with pytest.raises(TrainingError, match="weight_decay"):
         fine_tune(policy, chunks, args)

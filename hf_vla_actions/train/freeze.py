@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
@@ -26,6 +26,15 @@ class Frozen:
     vision: bool = False
     language_model: bool = False
     text_embeddings: bool = False
+
+    def refuse(self) -> None:
+        """Raise TrainingError if anything is to be frozen: an adapter freezes all of the model by itself."""
+        asked = [f"--freeze_{field.name}" for field in fields(self) if getattr(self, field.name)]
+        if asked:
+            raise TrainingError(
+                f"{', '.join(asked)} with --use_peft: an adapter leaves the whole model as it is, and the vision tower "
+                "gets none unless --lora_vision. Leave one of them out"
+            )
 
 
 def freeze_parts(policy, frozen: Frozen, *, weight_decay: float = 0.0) -> None:

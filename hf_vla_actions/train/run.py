@@ -106,9 +106,10 @@ def fine_tune(
 
 def model_of(policy, args: VLATrainingArguments, lora: LoraArguments | None = None) -> Any:
     """What is trained of a policy: a PEFT model around it, or the policy itself with its frozen parts."""
-    if lora is not None and lora.use_peft:
-        return add_lora(policy, lora)
     frozen = Frozen(args.freeze_vision, args.freeze_language_model, args.freeze_text_embeddings)
+    if lora is not None and lora.use_peft:
+        frozen.refuse()
+        return add_lora(policy, lora)
     freeze_parts(policy, frozen, weight_decay=args.weight_decay)
     return policy
 
