@@ -172,8 +172,10 @@ def gripper_events(
         raise VLAActionsError(f"before is ({len(real)},) of 1 (open), 0 (closed) and NaN (unknown), got {start}")
     found: dict[str, float] = {}
     for name, kind in (("opening", True), ("closing", False)):
-        pair = [_changes(np.asarray(states, dtype=bool), real, start, kind) for states in (predicted, demonstrated)]
-        found |= event_scores(f"gripper_{name}", *pair, tolerance)
+        given, wanted = (
+            _changes(np.asarray(states, dtype=bool), real, start, kind) for states in (predicted, demonstrated)
+        )
+        found |= event_scores(f"gripper_{name}", given, wanted, tolerance)
     return found
 
 
@@ -297,7 +299,7 @@ def _precision_recall(name: str, hits: int, predicted: int, demonstrated: int) -
 
 def _changes(states: np.ndarray, real: np.ndarray, before: np.ndarray, to_open: bool) -> np.ndarray:
     """(n, horizon) bool: steps at which the state becomes open (or closed) and was known to be the other one."""
-    now = states == to_open
+    now = states if to_open else ~states
     first = now[:, :1] & (before == (0 if to_open else 1))[:, None]
     later = now[:, 1:] & ~now[:, :-1] & real[:, :-1]
     return np.concatenate([first, later], axis=1) & real

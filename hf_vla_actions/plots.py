@@ -271,8 +271,8 @@ def plot_offline(reports: Mapping[str, Any]):
     panels = axes.ravel()
     for dim, panel in enumerate(panels[: space.dof]):
         for i, (label, report) in reversed(list(enumerate(reports.items()))):
-            pair = [values[..., dim][report.pad_mask] for values in (report.demonstrated, report.predicted)]
-            plot_agreement(*pair, panel, color=("C0", "0.6", "C1")[i % 3], label=label)
+            wanted, told = (values[..., dim][report.pad_mask] for values in (report.demonstrated, report.predicted))
+            plot_agreement(wanted, told, panel, color=("C0", "0.6", "C1")[i % 3], label=label)
         unit = space.units[dim]
         panel.set_title(f"{space.names[dim]} [{unit}]" if unit else space.names[dim], fontsize=9, loc="left")
     panels[0].legend(frameon=False, fontsize=8)

@@ -29,8 +29,9 @@ def grid_codes(config: ActionConfig, unnorm_key: str, actions: np.ndarray) -> np
         unnorm_key: which statistics.
         actions: (n, horizon, dof) real units.
     """
-    bins = config.tokenizer if config.is_per_number else UniformActionTokenizer(BINS)
-    return bins.encode(config.stats(unnorm_key).normalize(actions)).reshape(np.shape(actions))
+    own = config.tokenizer
+    bins = own if isinstance(own, UniformActionTokenizer) else UniformActionTokenizer(BINS)
+    return np.asarray(bins.encode(config.stats(unnorm_key).normalize(actions))).reshape(np.shape(actions))
 
 
 def agreement(
@@ -56,10 +57,10 @@ def agreement(
         settled counts as the value it is settled to) and what `gripper_scores` says.
     """
     space = config.space(unnorm_key)
-    codes = [grid_codes(config, unnorm_key, actions) for actions in (predicted, demonstrated)]
+    codes, wanted = (grid_codes(config, unnorm_key, actions) for actions in (predicted, demonstrated))
     return {
         **action_metrics(predicted, demonstrated, pad_mask, space.names, "l1"),
-        **within_bins(*codes, pad_mask, space.names),
+        **within_bins(codes, wanted, pad_mask, space.names),
         **gripper_scores(space, predicted, demonstrated, pad_mask, before),
     }
 
@@ -80,16 +81,17 @@ def gripper_scores(
     if gripper is None:
         return {}
     dim = space.index(gripper.dim)
-    pair = [np.asarray(actions)[..., dim] for actions in (predicted, demonstrated)]
-    scores = gripper_accuracy(*pair, pad_mask, gripper.open, gripper.closed)
+    told, wanted = (np.asarray(actions)[..., dim] for actions in (predicted, demonstrated))
+    scores = gripper_accuracy(told, wanted, pad_mask, gripper.open, gripper.closed)
     if gripper.relative:
         for name, command in (("gripper_opening", 1), ("gripper_closing", -1)):
-            given = [(gripper.commands(values) == command) & pad_mask for values in pair]
-            scores |= event_scores(name, *given, TOLERANCE)
+            given, asked = ((gripper.commands(values) == command) & pad_mask for values in (told, wanted))
+            scores |= event_scores(name, given, asked, TOLERANCE)
         return scores
-    states = [gripper.is_open(values) for values in pair]
+    told, wanted = gripper.is_open(told), gripper.is_open(wanted)
     first = None if before is None else np.where(np.isnan(before), np.nan, gripper.is_open(before))
-    return {**scores, **gripper_states(*states, pad_mask), **gripper_events(*states, pad_mask, first, TOLERANCE)}
+    scores |= gripper_states(told, wanted, pad_mask)
+    return {**scores, **gripper_events(told, wanted, pad_mask, first, TOLERANCE)}
 
 
 def position_dims(space: ActionSpace) -> tuple[list[int], float] | None:

@@ -145,7 +145,7 @@ def _predict(base: Any, key: str, samples: Sequence[dict[str, Any]]) -> _Batch:
             f"chunks of {demonstrated.shape[1]} actions of {demonstrated.shape[2]} dimensions for a policy that predicts "
             f"{wanted[0]} of {wanted[1]}: make the ChunkDataset with horizon={wanted[0]}"
         )
-    observed = {name: [sample[name] for sample in samples] for name in base._observed()}
+    observed: dict[str, Any] = {name: [sample[name] for sample in samples] for name in base._observed()}
     if not base.prompts.family.takes_images:
         observed["images"] = None
     if "proprio" in observed:
@@ -199,8 +199,8 @@ def _report(
 
 def _replay(config: ActionConfig, key: str, free, demonstrated, pad_mask) -> dict[str, float]:
     """Shares of chunks that repeat the demonstration."""
-    codes = [grid_codes(config, key, actions) for actions in (free, demonstrated)]
-    found = _named("free", chunks_within_bins(*codes, pad_mask))
+    codes, wanted = (grid_codes(config, key, actions) for actions in (free, demonstrated))
+    found = _named("free", chunks_within_bins(codes, wanted, pad_mask))
     where = position_dims(config.space(key))
     if where is not None:
         dims, meters = where

@@ -61,7 +61,7 @@ class Verdict:
 
 
 def overfit_one_batch(
-    policy: Any, chunks: Any, args: VLATrainingArguments, *, lora: LoraArguments | None, unnorm_key: str
+    policy: Any, chunks: Any, args: VLATrainingArguments, *, lora: LoraArguments | None, unnorm_key: Any
 ) -> int:
     """Train on one batch again and again, then ask for it; the verdict is written out.
 
@@ -70,7 +70,7 @@ def overfit_one_batch(
         chunks: ChunkDataset to draw the batch from, by the seed.
         args: as for `fine_tune`; 300 steps where they are not given. Nothing is evaluated on the way.
         lora: as for `fine_tune`.
-        unnorm_key: which statistics and action space.
+        unnorm_key: which statistics and action space; a list of several is for mixtures, which are refused.
 
     Returns:
         Exit status: 0 if the policy has learned it, 1 if not.
@@ -79,7 +79,9 @@ def overfit_one_batch(
         TrainingError: the training draws its data anew each time, so that there is no one batch.
     """
     if not isinstance(chunks, ChunkDataset):
-        raise TrainingError("overfit_one_batch needs the same chunks of one dataset each time: leave --augment_limits out, and name one --dataset")
+        raise TrainingError(
+            "overfit_one_batch needs the same chunks of one dataset each time: leave --augment_limits out, and name one --dataset"
+        )
     batch = one_batch(chunks, args)
     if args.max_steps <= 0:
         args.max_steps = STEPS
@@ -97,7 +99,7 @@ def one_batch(chunks: ChunkDataset, args: VLATrainingArguments) -> Subset:
     """As many chunks as one step of the optimizer sees, on all processes together."""
     n = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     rows = np.random.default_rng(args.seed).permutation(len(chunks))[:n]
-    return Subset(chunks, sorted(rows.tolist()))
+    return Subset(chunks, sorted(rows.tolist()))  # type: ignore[arg-type]  # a map-style dataset needs no base class
 
 
 def judge(policy: Any, batch: Any, unnorm_key: str, loss: float, batch_size: int = 8) -> Verdict:
@@ -125,5 +127,5 @@ def _torn(policy: Any, batch: Any, wanted: np.ndarray) -> int:
     for i in range(len(batch)):
         sample = batch[i]
         pictures = [picture.tobytes() for picture in sample["images"]] if policy.prompts.family.takes_images else []
-        seen[(sample["instruction"], *pictures)].append(wanted[i].tobytes())
+        seen[sample["instruction"], tuple(pictures)].append(wanted[i].tobytes())
     return sum(len(actions) for actions in seen.values() if len(set(actions)) > 1)
