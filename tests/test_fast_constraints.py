@@ -469,6 +469,17 @@ def test_limits_are_those_of_each_dimension_in_normalized_numbers(tokenizer):
     assert len(limits.kept[0].decoding) == 5
 
 
+def test_a_small_range_far_from_zero_keeps_its_limits_through_rounding(tokenizer):
+    space = ActionSpace(["x"], delta=False)
+    stats = ActionStats.from_ranges([5000.0 - 1e-5], [5000.0 + 1e-5])
+    for low in 5000.0 + np.random.default_rng(3).uniform(-5e-6, 0, 50):
+        limits = limits_of(tokenizer, [Range("x", low, low + 5e-6)], space, stats)
+        assert limits.kept[0].decoding
+        ends = stats.unnormalize(np.stack([limits.lower[0, :, 0] + 1e-9, limits.upper[0, :, 0] - 1e-9])[..., None])
+        assert low <= ends[0].min()
+        assert ends[1].max() <= low + 5e-6
+
+
 def test_without_constraints_nothing_is_limited_and_with_them_only_what_they_speak_of(tokenizer):
     free = limits_of(tokenizer, [])
     assert (free.lower, free.upper, free.dc_ranges, free.sums) == (None,) * 4

@@ -1,11 +1,14 @@
 import numpy as np
 import pytest
+import torch
 from test_fast import byte_tokenizer
 from test_fast_processor import generate, processor
 from tiny import STATS
 
-from hf_vla_actions import ActionStats, InfeasibleConstraintError
-from hf_vla_actions.decoding.fast_limits import sum_ranges, value_limits
+from hf_vla_actions import ActionStats, FASTActionTokenizer, FASTLogitsProcessor, InfeasibleConstraintError
+from hf_vla_actions.decoding.fast_box import constants
+from hf_vla_actions.decoding.fast_limits import first_coefficients, sum_ranges, value_limits
+from hf_vla_actions.decoding.fast_states import build
 from hf_vla_actions.errors import ConstraintError
 
 OPEN = np.full(7, np.inf)
@@ -77,3 +80,23 @@ def test_limits_of_another_robot_raise():
             sum_ranges(byte_tokenizer(), STATS, 8, limits, OPEN)
         with pytest.raises(ConstraintError):
             value_limits(STATS, limits, OPEN)
+
+
+@pytest.mark.parametrize("grain", [0.1, 1 / 3, 0.2828427124746190])
+def test_totals_that_hold_without_tolerance_leave_out_the_edge_that_rounding_could_cross(grain):
+    assert first_coefficients(3 * grain, 10 * grain, grain, 100) == (4, 9)
+    assert first_coefficients(2.5 * grain, 9.5 * grain, grain, 100) == (3, 9)
+    assert first_coefficients(-np.inf, np.inf, grain, 7) == (-7, 7)
+    first, last = first_coefficients(3 * grain, 3 * grain, grain, 100)
+    assert first > last
+
+
+def test_a_value_on_its_limit_counts_as_beyond_it():
+    tokenizer = FASTActionTokenizer.fit(np.linspace(-1, 1, 50).reshape(-1, 1, 1), vocab_size=64, scale=10)
+    vocabulary = (np.arange(tokenizer.n_codes), tokenizer.n_codes)
+    processor = FASTLogitsProcessor(tokenizer, vocabulary, 1, 1, 0, lower=-0.3, upper=0.5)
+    allowed, _ = processor.allowed(torch.zeros(1, 0, dtype=torch.long))
+    values = [tokenizer.decode([[code]], 1, 1).item() for code in np.flatnonzero(allowed[0].numpy())]
+    np.testing.assert_allclose(sorted(values), np.arange(-2, 5) / 10, atol=1e-12)
+    found = constants(np.eye(1), np.array([-0.3]), np.array([0.5]), None, tokenizer, build(tokenizer, 10))
+    assert found.tolist() == [-2, -1, 0, 1, 2, 3, 4]
