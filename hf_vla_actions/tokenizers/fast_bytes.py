@@ -52,7 +52,9 @@ class TokenBytes:
             "usable": np.array([bool(raw) for raw in self.of]),
             "begun": np.array(begun, dtype=np.int64),
             "continues": first & 0xC0 == 0x80,
-            "single": frozenset(raw for i, raw in enumerate(self.of) if raw and len(raw) <= 4 and i not in self.literal),
+            "single": frozenset(
+                raw for i, raw in enumerate(self.of) if raw and len(raw) <= 4 and i not in self.literal
+            ),
         }
         for name, value in tables.items():
             object.__setattr__(self, name, value)
