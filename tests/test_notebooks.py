@@ -1,3 +1,6 @@
+import ast
+import json
+import re
 from pathlib import Path
 
 import nbformat
@@ -22,3 +25,19 @@ def test_saved_output_names_no_folder_of_a_machine(path):
     text = path.read_text()
     assert "site-packages" not in text
     assert "stderr" not in text
+
+
+def test_what_the_notebook_shows_of_policies_is_what_was_measured():
+    notebook = nbformat.read(FOLDER / "1-tokens.ipynb", as_version=4)
+    (source,) = [cell.source for cell in notebook.cells if cell.source.startswith("MEASURED = ")]
+    shown = ast.literal_eval(re.search(r"MEASURED = (\{.*?^\})", source, flags=re.DOTALL | re.MULTILINE)[1])
+    measured = json.loads((FOLDER.parent / "benchmarks/tokens.json").read_text())["rows"]
+    policies = [row for row in measured if "success" in row]
+    assert set(shown) == {row["name"] for row in policies}
+    for name, row in shown.items():
+        seeds = sorted((one for one in policies if one["name"] == name), key=lambda one: one["seed"])
+        assert row["success"] == [pytest.approx(one["success"]) for one in seeds]
+        assert row["tokens"] == pytest.approx(seeds[-1]["tokens_per_chunk"], abs=0.06)
+        free = [one["free"] for one in seeds if "free" in one]
+        assert row.get("malformed", []) == [[one[how]["malformed"] for how in ("greedy", "sampled")] for one in free]
+        assert all(one[how]["with_processor"] == 0 for one in free for how in ("greedy", "sampled"))
