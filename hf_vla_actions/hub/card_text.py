@@ -12,16 +12,9 @@ from hf_vla_actions.models.families import OPENVLA_TYPE
 UNKNOWN = "not recorded"
 # Of training.json, in the order of the card; what was asked for beyond it stands in its "options".
 HEADLINES = (
-    "recipe",
-    "recipe_source",
-    "model_name_or_path",
-    "dataset",
-    "unnorm_key",
-    "steps",
-    "batch_size",
-    "world_size",
+    *("recipe", "recipe_source", "model_name_or_path", "dataset", "unnorm_key", "steps", "batch_size", "world_size"),
+    *("learning_rate", "seed"),
 )
-HEADLINES += ("learning_rate", "seed")
 SHARES = ("accuracy", "chunks", "precision", "recall", "f1", "bins", "steps")
 
 

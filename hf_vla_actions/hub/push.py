@@ -294,14 +294,10 @@ def _missing(file: Path, text: str) -> list[str]:
     if not HEAD.match(text):
         return [f"{CARD_FILE} has no metadata, by which others find a policy: hf-vla card DIR --output - shows some"]
     try:
-        data = ModelCard(text).data
+        said = ModelCard(text).data.to_dict().get("pipeline_tag")
     except (ValueError, yaml.YAMLError) as error:
         raise HubError(f"{file} has a head that is no metadata of a card: {' '.join(str(error).split())}") from None
-    return (
-        []
-        if data.pipeline_tag == PIPELINE_TAG
-        else [f"{CARD_FILE} lacks pipeline_tag: {PIPELINE_TAG} in its metadata"]
-    )
+    return [] if said == PIPELINE_TAG else [f"{CARD_FILE} lacks pipeline_tag: {PIPELINE_TAG} in its metadata"]
 
 
 def _size(content: Path | bytes) -> int:
