@@ -1,14 +1,19 @@
 """Configurations for `accelerate launch`, as accelerate itself reads them."""
 
 import argparse
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import sharded
+import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType
+from safetensors.torch import load_file
 
 from hf_vla_actions.cli import main
 from hf_vla_actions.train.launch_config import launch_configs
@@ -65,3 +70,25 @@ def test_an_unknown_name_lists_those_there_are_raises():
     )
     assert done.returncode == 2
     assert "fsdp2" in done.stderr.splitlines()[-1]
+
+
+def test_two_processes_that_cut_the_weights_learn_as_one_does(tmp_path):
+    """What FSDP2 is made of, torch's `fully_shard`, on gloo: accelerate itself has FSDP2 for accelerators only."""
+    script = Path(__file__).with_name("sharded.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*command, str(script), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(script.parent)},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    losses, whole = sharded.train(sharded.policy())
+    found = json.loads((tmp_path / "losses.json").read_text())
+    assert found == pytest.approx(losses, rel=1e-5)
+    assert losses[-1] < losses[0]
+    state = load_file(tmp_path / "model.safetensors")
+    assert set(state) == set(whole.state_dict())
+    for name, value in whole.state_dict().items():
+        torch.testing.assert_close(state[name], value, rtol=0, atol=1e-5, msg=name)

@@ -183,7 +183,7 @@ def make_plan(
             four_bit=lora.load_in_4bit,
             optimizer=str(getattr(args.optim, "value", args.optim)),
             half=args.bf16 or args.fp16 or policy.dtype.itemsize == 2,
-            checkpointing=args.gradient_checkpointing,
+            checkpointing=bool(args.gradient_checkpointing),
             layers=policy.config.get_text_config().num_hidden_layers,
             parts=args.world_size if cuts_weights() else 1,
         ),
@@ -247,7 +247,7 @@ def _how(args: VLATrainingArguments, lora: LoraArguments) -> str:
 
 def _tokens(policy, unnorm_key: str, chunks, batch_size: int) -> tuple[Tokens, Batch]:
     """Lengths of the sample whose instruction is longest, as the collator makes it."""
-    texts = {}
+    texts: dict[str, int] = {}
     for i in range(0, len(chunks), max(1, len(chunks) // 16)):
         texts.setdefault(chunks[i]["instruction"], i)
     sample = chunks[texts[max(texts, key=len)]]
