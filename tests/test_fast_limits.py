@@ -94,9 +94,9 @@ def test_totals_that_hold_without_tolerance_leave_out_the_edge_that_rounding_cou
 def test_a_value_on_its_limit_counts_as_beyond_it():
     tokenizer = FASTActionTokenizer.fit(np.linspace(-1, 1, 50).reshape(-1, 1, 1), vocab_size=64, scale=10)
     vocabulary = (np.arange(tokenizer.n_codes), tokenizer.n_codes)
-    processor = FASTLogitsProcessor(tokenizer, vocabulary, 1, 1, 0, lower=-0.3, upper=0.5)
+    processor = FASTLogitsProcessor(tokenizer, vocabulary, 1, 1, 0, lower=-0.4, upper=0.5)
     allowed, _ = processor.allowed(torch.zeros(1, 0, dtype=torch.long))
     values = [tokenizer.decode([[code]], 1, 1).item() for code in np.flatnonzero(allowed[0].numpy())]
-    np.testing.assert_allclose(sorted(values), np.arange(-2, 5) / 10, atol=1e-12)
-    found = constants(np.eye(1), np.array([-0.3]), np.array([0.5]), None, tokenizer, build(tokenizer, 10))
-    assert found.tolist() == [-2, -1, 0, 1, 2, 3, 4]
+    np.testing.assert_allclose(sorted(values), np.arange(-3, 5) / 10, atol=1e-12)
+    found = constants(np.eye(1), np.array([-0.4]), np.array([0.5]), None, tokenizer, build(tokenizer, 10))
+    assert found.tolist() == [-3, -2, -1, 0, 1, 2, 3, 4]

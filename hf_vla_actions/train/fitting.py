@@ -27,8 +27,19 @@ def add_data_options(options: argparse.ArgumentParser) -> None:
     add_space_options(options)
 
 
-SPACE_OPTIONS = ("dataset", "skip_first", "eval_fraction", "action_key", "transform", "action_names", "action_units")
-SPACE_OPTIONS += ("norm_mode", "gripper", "gripper_open", "gripper_closed")
+SPACE_OPTIONS = [
+    *(
+        "dataset",
+        "skip_first",
+        "eval_fraction",
+        "action_key",
+        "transform",
+        "action_names",
+        "action_units",
+        "norm_mode",
+    ),
+    *("gripper", "gripper_open", "gripper_closed"),
+]
 
 
 def add_space_options(options: argparse.ArgumentParser) -> None:
