@@ -280,7 +280,7 @@ def limit_conflict(excess: np.ndarray, pad_mask: np.ndarray, tolerance: float = 
     broken = real & (beyond > tolerance)
     return {
         "conflict_steps": float(broken[real].mean()),
-        "conflict_chunks": float(broken.any(axis=1)[real.any(axis=1)].mean()),
+        "conflict_chunks": float(np.asarray(broken.any(axis=1))[real.any(axis=1)].mean()),
         "conflict_mean": float(beyond[broken].mean()) if broken.any() else 0.0,
         "conflict_worst": float(beyond[real].max()),
     }
@@ -300,7 +300,8 @@ def _precision_recall(name: str, hits: int, predicted: int, demonstrated: int) -
 def _changes(states: np.ndarray, real: np.ndarray, before: np.ndarray, to_open: bool) -> np.ndarray:
     """(n, horizon) bool: steps at which the state becomes open (or closed) and was known to be the other one."""
     now = states if to_open else ~states
-    first = now[:, :1] & (before == (0 if to_open else 1))[:, None]
+    came = np.equal(before, 0 if to_open else 1).reshape(-1, 1)
+    first = now[:, :1] & came
     later = now[:, 1:] & ~now[:, :-1] & real[:, :-1]
     return np.concatenate([first, later], axis=1) & real
 

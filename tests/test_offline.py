@@ -179,6 +179,17 @@ def test_rates_start_from_the_action_before_the_chunk():
     assert any("KeepOut" in note and "not judged" in note for note in found.notes), "its pose is known to nobody"
 
 
+def test_part_of_a_dataset_knows_what_came_before_its_own_chunks(chunks):
+    policy, rows = tiny_llama(horizon=HORIZON), [3, 8]
+    part = torch.utils.data.Subset(chunks, rows)
+    report = evaluate_offline(policy, part, constraints=[Rate("x", 0.001)], progress=False)
+    last, real = chunks.previous_actions(np.array(rows)), report.pad_mask
+    moves = np.abs(np.diff(np.concatenate([last[:, None, 0], report.demonstrated[..., 0]], axis=1), axis=1))[real]
+    found = next(iter(report.conflicts.values()))
+    assert found["demonstrated_conflict_worst"] == pytest.approx(moves.max() - 0.001)
+    assert found["demonstrated_conflict_mean"] == pytest.approx((moves[moves > 0.001] - 0.001).mean())
+
+
 def test_previous_action_is_that_of_the_same_episode(dataset):
     chunks = ChunkDataset(dataset, HORIZON, episodes=[2, 0], skip_first=1)
     previous = chunks.previous_actions()
@@ -292,7 +303,16 @@ def test_one_batch_is_learned_by_heart_or_the_command_fails(steps, status, datas
     save_native_llava(policy_folder, seed=3)
     argv = ["--model_name_or_path", str(policy_folder), "--dataset", str(dataset.root), *SEVEN, "--use_cpu"]
     argv += ["--output_dir", str(tmp_path / "out"), "--n_bins", "32", "--per_device_train_batch_size", "4"]
-    argv += ["--freeze_vision", "--learning_rate", "3e-3", "--max_steps", str(steps), "--disable_tqdm", "true", "--overfit_one_batch"]
+    argv += [
+        "--freeze_vision",
+        "--learning_rate",
+        "3e-3",
+        "--max_steps",
+        str(steps),
+        "--disable_tqdm",
+        "true",
+        "--overfit_one_batch",
+    ]
     assert main(["train", *argv]) == status
     said = capsys.readouterr().out
     assert ("PASSED" if status == 0 else "FAILED") in said
