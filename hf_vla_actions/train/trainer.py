@@ -12,7 +12,7 @@ from hf_vla_actions.config import ActionConfig
 from hf_vla_actions.constraints.text import parse_constraints
 from hf_vla_actions.decoding import TACOLoss
 from hf_vla_actions.errors import TrainingError
-from hf_vla_actions.evaluate.teacher_forced import ids_by_place, metrics_of
+from hf_vla_actions.evaluate.teacher_forced import ids_by_place, likeliest, metrics_of
 from hf_vla_actions.models import ActionPredictionMixin, load_model, save_adapter
 from hf_vla_actions.train.arguments import VLATrainingArguments
 from hf_vla_actions.train.collator import IGNORED, ActionCollator, action_loss
@@ -144,16 +144,8 @@ class VLATrainer(ResumableTrainer):
         return super().prediction_step(model, inputs, *args, **kwargs)
 
     def _codes(self, logits, labels: torch.Tensor) -> torch.Tensor:
-        """(batch, n_tokens) most likely code of each action token, given the demonstrated ones before it.
-
-        With FAST: (batch, labels) most likely id of the whole vocabulary, as a decoder sees it that nothing guides.
-        """
-        logits = logits[0] if isinstance(logits, tuple) else logits
-        if not len(self._ids):
-            return logits[:, -labels.shape[1] - 1 : -1].argmax(dim=-1)
-        wanted = logits[:, -labels.shape[1] - 1 : -2]
-        ids = self._ids.to(wanted.device).expand(len(wanted), -1, -1)
-        return wanted.gather(-1, ids).argmax(dim=-1)
+        """What `likeliest` says of the logits, which some models return with more beside them."""
+        return likeliest(logits[0] if isinstance(logits, tuple) else logits, labels, self._ids)
 
     def _metrics(self, prediction) -> dict[str, float]:
         """Metrics of teacher-forced predictions."""
