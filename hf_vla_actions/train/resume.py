@@ -53,11 +53,13 @@ class ResumableTrainer(Trainer):
 
     def sums(self) -> dict[str, Any]:
         """What this process has summed up since the last line of the log, as JSON."""
-        return {"loss": self._tr_loss.item(), "logged": self._globalstep_last_logged}
+        mean = self.accelerator.gather(self._tr_loss.reshape(1)).mean().item()
+        return {"loss": self._tr_loss.item(), "mean_loss": mean, "logged": self._globalstep_last_logged}
 
     def take_sums(self, sums: dict[str, Any]) -> None:
         """Go on with the sums of a checkpoint."""
         self._tr_loss.fill_(sums["loss"])
+        self._total_loss_scalar -= sums["mean_loss"]  # the mean at the end is over the steps of this run alone
         self._globalstep_last_logged = sums["logged"]
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
