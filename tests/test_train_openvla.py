@@ -312,6 +312,7 @@ def test_users_options_win_and_are_logged(base, robot, tmp_path, caplog, monkeyp
 
     def stop(policy, dataset, args, *, lora, **_):
         seen.update(args=args, lora=lora, policy=policy)
+        (tmp_path / "out").mkdir()  # as a training leaves it, for its record
         return policy, {}
 
     monkeypatch.setattr("hf_vla_actions.train.__main__.fine_tune", stop)
