@@ -1,6 +1,7 @@
 """Everything the README shows is executed."""
 
 import doctest
+import importlib
 import re
 from pathlib import Path
 
@@ -105,6 +106,15 @@ def test_predict_command_has_options_that_exist():
     assert predict_parser().parse_args(shlex.split(line)[2:]).step == 3
 
 
+@pytest.mark.parametrize(
+    ("name", "facts"), [("eval", {"offline": True}), ("merge", {"output": "./merged"}), ("push", {"dry_run": True})]
+)
+def test_commands_after_a_training_have_options_that_exist(name, facts):
+    (line,) = [line for line in commands() if line.startswith(f"hf-vla {name} ")]
+    args = importlib.import_module(COMMANDS[name][0]).parser().parse_args(line.split()[2:])
+    assert {key: getattr(args, key) for key in facts} == facts
+
+
 def test_inspect_command_and_recipes_exist():
     (line,) = [line for line in commands() if line.startswith("hf-vla inspect openvla")]
     assert inspect_parser().parse_args(line.split()[2:]).checkpoint == "openvla/openvla-7b"
@@ -112,15 +122,17 @@ def test_inspect_command_and_recipes_exist():
     assert shown == set(RECIPES)
 
 
-def test_commands_about_data_run(tmp_path, monkeypatch, capsys):
+def test_commands_about_data_and_tokens_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    write_dataset(tmp_path / "my_robot")
-    lines = [line for line in commands() if line.startswith("hf-vla") and ("./my_robot" in line or "stats" in line)]
-    lines = [line for line in lines if "--policy" not in line and "train" not in line and "fit" not in line]
-    assert [line.split()[1] for line in lines] == ["inspect", "stats", "convert-stats"]
+    write_dataset(tmp_path / "my_robot", episodes=10, steps=12)
+    names = ("tokens-report", "fit-fast", "inspect", "stats", "convert-stats")
+    lines = [line for line in commands() if line.startswith("hf-vla") and line.split()[1] in names]
+    lines = [line for line in lines if "openvla/" not in line]
+    assert [line.split()[1] for line in lines] == list(names)
     for line in lines:
         assert main(line.split()[1:]) == 0, capsys.readouterr().err
-    assert (tmp_path / "norm_stats.json").is_file()
+    made = {path.name for path in tmp_path.iterdir()}
+    assert {"tokens.png", "my_fast", "numbers.png", "dataset_statistics.json", "norm_stats.json"} <= made
 
 
 def test_set_up_is_two_lines_and_ci_runs_the_second():
