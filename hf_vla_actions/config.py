@@ -255,6 +255,9 @@ class ActionConfig:
         """
         if not self.is_per_number:
             many = isinstance(self.tokenizer, FASTActionTokenizer)
+            if not many and (not np.size(ids) or np.shape(ids)[-1:] != (self.n_tokens(unnorm_key),)):
+                n = self.n_tokens(unnorm_key)
+                raise VLAActionsError(f"chunks of this VQ tokenizer are ids of shape (..., {n}), got {np.shape(ids)}")
             rows = ids if many else np.asarray(ids).reshape(-1, np.shape(ids)[-1])
             normalized = self.decode_codes([self.vocabulary.to_codes(row) for row in rows], unnorm_key)
             if not many:

@@ -82,6 +82,10 @@ def test_configs_travel_with_their_tokenizer(tokenizers, kind, tmp_path):
     actions = STATS.unnormalize(smooth_chunks(5))
     for one, other in zip(config.encode(actions), again.encode(actions), strict=True):
         np.testing.assert_array_equal(one, other)
+    if kind == "vq":
+        for wrong in (config.encode(actions)[:, :2], np.zeros((3, 0), dtype=np.int64), [], 7):
+            with pytest.raises(VLAActionsError, match=r"\(\.\.\., 3\)"):
+                config.decode(wrong)
     normalized, real = again.decode(config.encode(actions))
     assert normalized.shape == real.shape == (5, HORIZON, DOF)
     if kind == "fast":  # its error is that of rounding; the other has hardly been fitted
