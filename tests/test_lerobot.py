@@ -450,6 +450,13 @@ def test_action_that_is_not_finite_raises(broken, value):
     refusal(lambda: LeRobotDataset(broken), "'action' of episode 2 step 2", "not finite", value)
 
 
+def test_all_rows_that_are_not_finite_are_named_raises(broken):
+    rows = [[np.nan if step in (1, 7, 9) else 0.0, 1.0] for step in range(11)]
+    edit_column(broken / DATA, "action", pa.array(rows, pa.list_(pa.float32(), 2)))
+    first = "'action' of episode 0 step 1"
+    refusal(lambda: LeRobotDataset(broken), first, "2 more rows: episode 2 step 2, episode 2 step 4)")
+
+
 def test_state_that_is_not_finite_raises_unless_states_are_left_out(broken):
     edit_column(broken / DATA, "observation.state", pa.array([0.0] * 10 + [np.nan]))
     refusal(lambda: LeRobotDataset(broken), "'observation.state' of episode 2 step 5", "state_key=None")

@@ -17,6 +17,7 @@ from hf_vla_actions.data.lerobot_info import match_name
 from hf_vla_actions.errors import DatasetError
 
 OPEN_FILES = 8  # open files of one kind in one process; cameras stored in common files count once each
+SHOWN = 10  # places named where there are many
 
 
 @dataclass(frozen=True)
@@ -180,10 +181,15 @@ class EpisodeReader(abc.ABC):
                 f"the dataset's description says; repair or remove that episode"
             )
         values = values.reshape(-1, expected)
-        for row in np.flatnonzero(~np.isfinite(values).all(axis=1))[:1].tolist():
+        bad = np.flatnonzero(~np.isfinite(values).all(axis=1)).tolist()
+        if bad:
+            others = ", ".join(self._where(row) for row in bad[1:SHOWN])
+            more = (
+                f" (so are {len(bad) - 1} more rows: {others}{', ...' if len(bad) > SHOWN else ''})" if others else ""
+            )
             raise DatasetError(
-                f"{key!r} of {self._where(row)} in {self.root} is not finite: {values[row].tolist()}; repair or remove "
-                f"that episode{hint}"
+                f"{key!r} of {self._where(bad[0])} in {self.root} is not finite: {values[bad[0]].tolist()}{more}; repair or "
+                f"remove that episode{hint}"
             )
         return values
 
