@@ -125,7 +125,9 @@ def test_policy_that_repeats_what_it_saw_is_found_out(chunks):
     for name in ("free_chunks_within_0_bins", "free_within_1_bins", "free_path_within_1mm", "free_gripper_accuracy"):
         assert found[name] == 1, name
     assert found["free_l1"] == found["free_drift/x"] == 0
-    assert found["token_accuracy/x"] > first.metrics["token_accuracy/x"]
+    for name in NAMES[:6]:  # up to the first gripper, whose two states have half the tokens each, every token is right
+        assert found[f"token_accuracy/{name}"] >= len(chunks) / first.pad_mask.sum() > 0.3
+    assert first.metrics["token_accuracy"] < 0.1
     near = first.predicted + np.array([0.0015, 0, 0, 0, 0, 0, 0])
     found = evaluate_offline(policy, Repeated(chunks, near), max_items=None, progress=False).metrics
     assert found["free_l1/x"] == pytest.approx(0.0015)
