@@ -347,6 +347,7 @@ def test_verdict_names_chunks_that_contradict_each_other(chunks):
     verdict = judge(policy, torch.utils.data.Subset(chunks, [0, 1, 5]), "my_robot", 3.0)
     assert (verdict.chunks, verdict.torn, verdict.passed) == (3, 2, False)
     assert "2 chunks have the pictures" in verdict.text()
+    assert judge(policy, torch.utils.data.Subset(chunks, [5, 5]), "my_robot", 3.0).torn == 0, "they ask for the same"
     assert not Verdict(4, 4, 0.2).passed
     assert not Verdict(4, 3, 0.01).passed
     assert Verdict(4, 4, 0.01).passed
