@@ -86,7 +86,7 @@ def measure(layers: int, hidden: int, seed: int) -> list[tuple[str, ...]]:
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="two depths, narrow")
+    parser.add_argument("--quick", action="store_true", help="2 and 8 layers, narrow")
     parser.add_argument("--seeds", type=int, default=1, help="models of each depth")
     args = parser.parse_args()
     logging.disable(logging.INFO)

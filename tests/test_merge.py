@@ -337,8 +337,10 @@ def test_comparison_of_answers():
     tokens, second = one.tokens.copy(), np.argsort(one.along[0, 1])[-2]
     tokens[0, 1], tokens[0, 2] = second, 0  # what follows a changed token has another past
     margin = one.along[0, 1].max() - one.along[0, 1, second]
-    for share, equal in ((0.51, True), (0.49, False)):
-        found = compare(one, replace(one, tokens=tokens), share * margin / scale)
+    for share, equal in ((0.51, True), (0.49, False)):  # how far logits moved, in margins
+        moved = one.logits.copy()
+        moved[0, 0, 0] += share * margin
+        found = compare(one, replace(one, tokens=tokens, logits=moved), 1.0)
         assert found.equal == equal
         tie = (found.ties if equal else found.changed)[0]
         assert (tie.row, tie.position, tie.margin) == (0, 1, pytest.approx(margin))

@@ -23,12 +23,13 @@ from hf_vla_actions.models.auto import ADAPTER_FILE, AutoModelForActionPredictio
 
 logger = logging.getLogger(__name__)
 
-TOLERANCES = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+TOLERANCES = {torch.float32: 1e-4, torch.float16: 4e-2, torch.bfloat16: 0.25}
 """Largest difference of a logit between adapter and merged policy, as a share of the largest logit, by saved dtype.
 
-`benchmarks/merge_tolerance.py` measures 2.6e-6, 3e-3 and 2.2e-2 on a random Llama of 8 layers, about twice as much as on
-one of 2. In the two narrow dtypes that is no more than the un-merged adapter policy moves when it computes in them. One
-lost row makes 0.5 and more.
+`benchmarks/merge_tolerance.py` measures 6e-6, 0.01 and 0.093 on a random Llama of 32 layers and 1.2e-6, 0.0015 and 0.013
+on one of 2. In the two narrow dtypes that is as much as the un-merged adapter policy itself moves when it computes in
+them (0.011 and 0.083). One lost row makes 0.5 and more. What a narrow dtype would hide is found before: the merge is held
+to 1e-4 in float32, and what is on disk to every bit.
 """
 QLORA_WEIGHTS = ("dequantized", "original")
 OF_PEFT = ("base_layer", "lora_", "trainable_tokens", "modules_to_save", "original_module")

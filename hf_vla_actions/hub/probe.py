@@ -17,6 +17,7 @@ from hf_vla_actions.models.families import OPENVLA_TYPE
 from hf_vla_actions.models.openvla.policy import close_prompt
 
 SIZE = 224
+ROUNDING = 1e-6  # of the largest logit, between two runs of one policy
 SENTENCES = (
     "move the red block to the green block",
     "move the green block to the red block",
@@ -166,8 +167,8 @@ class Comparison:
         tolerance: largest one allowed, as a share of `scale`.
         rows: questions.
         compared: numbers that were compared.
-        ties: greedy tokens that changed within the tolerance.
-        changed: greedy tokens that changed beyond it.
+        ties: greedy tokens that changed, as the difference of the logits can make them.
+        changed: greedy tokens that changed although it cannot.
         action_difference: largest difference of a greedy action in real units, ties included.
     """
 
@@ -189,7 +190,7 @@ class Comparison:
         """One line."""
         share = self.difference / self.scale
         ties = f"; {len(self.ties)} of the tokens were near ties and fell the other way" if self.ties else ""
-        changed = f"; {len(self.changed)} greedy tokens differ beyond it" if self.changed else ""
+        changed = f"; {len(self.changed)} greedy tokens differ more than the logits explain" if self.changed else ""
         return (
             f"largest difference {self.difference:.3g} = {share:.2g} of the largest of {self.compared} numbers "
             f"(allowed: {self.tolerance:.2g}), greedy actions of {self.rows} frames differ by at most "
@@ -200,8 +201,8 @@ class Comparison:
 def compare(reference: Answers, other: Answers, tolerance: float) -> Comparison:
     """Compare the answers of two versions of a policy.
 
-    A greedy token may differ only where the reference itself held the two tokens for as likely as the tolerance lets
-    two logits move apart: 2 x tolerance x scale. Only the first one of a row counts, what follows has another past.
+    A greedy token may differ only where the reference itself held the two tokens for so nearly as likely that logits
+    which moved by the largest difference found can turn them over: 2 x difference. Only the first one of a row counts, what follows has another past.
     """
     actions = float(np.abs(reference.actions - other.actions).max())
     if reference.logits is None or reference.along is None:
@@ -213,7 +214,7 @@ def compare(reference: Answers, other: Answers, tolerance: float) -> Comparison:
         raise CheckpointError("the logits of the adapter itself are not finite: its weights or its base are broken")
     difference = float(np.max([np.abs(a - b).max() for a, b in pairs]))  # np.max: NaN stays NaN
     found = [_first_change(reference, other, row) for row in range(len(reference.tokens))]
-    near = 2 * tolerance * scale
+    near = 2 * difference + ROUNDING * scale
     return Comparison(
         scale,
         difference,
