@@ -5,8 +5,8 @@
 
 Speed: a small LLaVA of random weights and one batch that is made beforehand, so that pictures, prompts and tokens cost
 nothing. Three contestants take turns: our VLATrainer; Transformers' Trainer on the same tensors with the same loss; and
-Trainer with the model's own loss, which computes the logits of all positions. A number is the step that a tenth of
-all steps beat, without the first ones of each round: what other work on the machine takes away is left out.
+Trainer with the model's own loss, which computes the logits of all positions. A number is the median of the
+steps, without the first ones of each round, in time of the processor: what other work takes away is left out.
 
 Memory: one process a kind, which loads a text-only Llama, takes three steps and reports the peak of its resident memory
 over what it had before the model; beside it what `hf-vla train --dry_run` estimates.
@@ -90,14 +90,14 @@ class Rows(torch.utils.data.Dataset):
 
 
 class Clock(TrainerCallback):
-    """Seconds from the end of a step to the end of the next, but for the first ones."""
+    """Seconds of the processor from the end of a step to the end of the next, but for the first ones."""
 
     def __init__(self):
         self.seconds: list[float] = []
 
     def on_step_end(self, args, state, control, **kwargs):
         """Read the clock."""
-        now = time.perf_counter()
+        now = time.process_time()
         if state.global_step > WARM_UP:
             self.seconds.append(now - self.last)
         self.last = now
@@ -160,7 +160,7 @@ def measure_speed(rounds: int, steps: int, batch: int, width: int) -> dict[str, 
                 # The loop takes what it needs out of a batch, so each step has a copy.
                 trainer.data_collator = lambda samples, tensors=tensors: dict(tensors)
                 trainer.train()
-    return {name: batch / float(np.quantile(clock.seconds, 0.1)) for name, clock in clocks.items()}
+    return {name: batch / float(np.median(clock.seconds)) for name, clock in clocks.items()}
 
 
 def show_speed(found: dict[str, float]) -> dict[str, float]:
