@@ -12,7 +12,7 @@ value that is called q01, q50 or q99 is from 0.01, 0.5 and 0.99, the largest of 
 
     python benchmarks/stats.py --quick
     python benchmarks/stats.py --rows 100000000 --methods ours --streams iid
-    python benchmarks/stats.py --envelope ../shared/data/bridge_sample
+    python benchmarks/stats.py --envelope ./my_robot
 """
 
 from __future__ import annotations
