@@ -10,40 +10,37 @@ COMMANDS = {
         "hf_vla_actions.demo.__main__",
         "learn a small task from nothing, obey limits, in minutes on any machine",
     ),
-    "train": ("hf_vla_actions.train.__main__", "fine-tune a model on a LeRobotDataset (one process; see --help)"),
-    "launch-config": (
-        "hf_vla_actions.train.launch_config",
-        "ready configurations for accelerate launch: DDP, FSDP2, ZeRO-3, several machines",
+    "inspect": (
+        "hf_vla_actions.hub.inspect",
+        "what is in a dataset or a checkpoint, and whether it is safe to train on or run",
     ),
-    "fit-vq": (
-        "hf_vla_actions.train.fit_vq",
-        "learn an action tokenizer of a few codes a chunk from a LeRobotDataset",
+    "stats": ("hf_vla_actions.data.stats_command", "true quantiles of robot data, in parts if you like"),
+    "convert-stats": (
+        "hf_vla_actions.actions.formats_command",
+        "statistics from one format of the field to another, and what they mean",
     ),
     "tokens-report": (
         "hf_vla_actions.train.tokens_report",
         "compare action tokenizers on a dataset: tokens, millimeters, degrees",
+    ),
+    "fit-fast": ("hf_vla_actions.train.fit_fast", "fit a FAST action tokenizer to a dataset, for a wanted precision"),
+    "fit-vq": ("hf_vla_actions.train.fit_vq", "learn an action tokenizer of a few codes a chunk"),
+    "train": ("hf_vla_actions.train.__main__", "fine-tune a model on robot data (one process; see --help)"),
+    "launch-config": (
+        "hf_vla_actions.train.launch_config",
+        "ready configurations for accelerate launch: DDP, FSDP2, ZeRO-3, several machines",
     ),
     "eval": (
         "hf_vla_actions.evaluate.offline_command",
         "how well a policy predicts what was demonstrated, and repeats what it saw (--offline)",
     ),
     "predict": ("hf_vla_actions.models.predict", "print the action of a policy for one frame, free and constrained"),
-    "stats": ("hf_vla_actions.data.stats_command", "true quantiles of robot data, in parts if you like"),
-    "inspect": ("hf_vla_actions.hub.inspect", "what is in a checkpoint, and whether it is safe to run"),
-    "card": ("hf_vla_actions.hub.card", "write the model card of a policy from what its folder says"),
-    "push": ("hf_vla_actions.hub.push", "publish a policy or an adapter on the Hub, checked first, in one commit"),
     "merge": (
         "hf_vla_actions.hub.merge_command",
         "merge a LoRA adapter into its base, and keep the result only if it is the same policy",
     ),
-    "convert-stats": (
-        "hf_vla_actions.actions.formats_command",
-        "statistics from one format of the field to another, with what they mean",
-    ),
-    "fit-fast": (
-        "hf_vla_actions.train.fit_fast",
-        "fit a FAST action tokenizer to a dataset, for a wanted precision",
-    ),
+    "card": ("hf_vla_actions.hub.card", "write the model card of a policy from what its folder says"),
+    "push": ("hf_vla_actions.hub.push", "publish a policy or an adapter on the Hub, checked first, in one commit"),
 }
 
 
