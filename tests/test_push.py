@@ -60,6 +60,7 @@ def hub(tmp_path, monkeypatch):
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", server.url)
+        monkeypatch.setattr("transformers.utils.hub._hf_api", None)  # what other tests made knows another endpoint
         monkeypatch.setenv("HF_TOKEN", "hf_writer")
         yield server
 

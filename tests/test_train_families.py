@@ -13,7 +13,8 @@ from tiny_families import FAMILIES, VISION_FAMILIES
 from hf_vla_actions import AutoModelForActionPrediction
 from hf_vla_actions.train.__main__ import main
 from hf_vla_actions.train.arguments import LoraArguments
-from hf_vla_actions.train.lora import add_lora, freeze_vision
+from hf_vla_actions.train.freeze import Frozen, freeze_parts
+from hf_vla_actions.train.lora import add_lora
 
 LAYOUTS = ("append", "per_dimension", "tail", "spare")
 SPARE = 40
@@ -103,7 +104,7 @@ def test_vision_is_left_out_by_its_own_names(family):
     """The text model and the output rows learn, nothing else: said without the table that the code reads."""
     text = ("lm_head", "language_model.", "text_model.")
     policy = make(family, "append")
-    freeze_vision(policy)
+    freeze_parts(policy, Frozen(vision=True))
     for name, parameter in policy.named_parameters():
         assert parameter.requires_grad == any(part in name for part in text), name
     adapted = add_lora(make(family, "append"), LoraArguments(lora_r=2))

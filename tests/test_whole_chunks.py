@@ -127,7 +127,7 @@ def test_every_way_of_generating_gives_whole_chunks(tokenizers, kind, options):
     assert np.isfinite(out.log_prob).all()
     assert (out.log_prob < 0).all()
     assert np.isin(out.actions[..., 6], [0, 1]).all()
-    with pytest.raises(VLAActionsError, match="numbers, not tokens"):
+    with pytest.raises(VLAActionsError, match="stand for whole chunks"):
         _ = out.confidence
 
 
