@@ -16,6 +16,7 @@ FLOORS = {
     "actions": 1,
     "tokenizers": 2,
     "constraints": 2,
+    "heads": 2,
     "data": 2,
     "metrics": 2,
     "plots": 2,

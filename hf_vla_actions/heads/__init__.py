@@ -1,0 +1,6 @@
+"""Continuous action heads: `loss(hidden, actions, pad_mask)` and `sample(hidden)`, on any vision-language model."""
+
+from hf_vla_actions.heads.base import ActionHead, Features, HeadConfig, HeadError
+from hf_vla_actions.heads.guidance import Guidance
+
+__all__ = ["ActionHead", "Features", "Guidance", "HeadConfig", "HeadError"]
