@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -15,28 +13,24 @@ from typing import Any
 import numpy as np
 
 from hf_vla_actions.actions import ActionSpace, ActionStats, NormStats
-from hf_vla_actions.constraints import Constraint, bind, constraint_from_dict
+from hf_vla_actions.config.checks import check_config
+from hf_vla_actions.config.codes import files_beside, read_tokenizer, tokenizer_to_dict
+from hf_vla_actions.config.source import check_source
+from hf_vla_actions.constraints import Constraint, constraint_from_dict
 from hf_vla_actions.errors import CheckpointError, VLAActionsError
+from hf_vla_actions.heads import HeadConfig, head_config_from_dict
 from hf_vla_actions.tokenizers import (
     ActionVocabulary,
     FASTActionTokenizer,
     UniformActionTokenizer,
     VQActionTokenizer,
 )
-from hf_vla_actions.tokenizers.fast_length import fewest_codes, most_codes
+from hf_vla_actions.tokenizers.fast_length import most_codes
 
 FILE_NAME = "action_config.json"
 FORMAT_VERSION = 1
-FAST_FILE = "fast_tokenizer.json"
-ActionTokenizer = UniformActionTokenizer | FASTActionTokenizer | VQActionTokenizer
 PASS_THROUGH_TOLERANCE = 0.01  # dimensions that are not normalized may exceed [-1, 1] by measurement noise
 DEFAULT_PROMPT = "In: What action should the robot take to {instruction}?\nOut:"
-
-
-def check_source(path: str) -> None:
-    """Raise if `path` can only be a folder and there is none; anything else may be a repository of the Hub."""
-    if path.startswith((".", "/", "~")) and not Path(path).is_dir():
-        raise CheckpointError(f"there is no folder {path}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,8 +39,9 @@ class ActionConfig:
 
     Args:
         tokenizer: action tokenizer: chunk of normalized actions to codes and back. Bins have one code a number; the
-            codes of `FASTActionTokenizer` and `VQActionTokenizer` stand for a whole chunk.
-        vocabulary: codes to ids of the language model's tokenizer and back.
+            codes of `FASTActionTokenizer` and `VQActionTokenizer` stand for a whole chunk. None for a policy that only
+            has a continuous head.
+        vocabulary: codes to ids of the language model's tokenizer and back; None where there is no tokenizer.
         norm_stats: statistics of each dataset or robot, by `unnorm_key`.
         spaces: meaning of the action of each `unnorm_key`; keys that are left out get `ActionSpace.unnamed`.
         horizon: actions predicted at once.
@@ -56,12 +51,14 @@ class ActionConfig:
         chat: put the prompt into the chat template of the model's processor, if it has one.
         token_budget: with FAST, the most action tokens of a chunk that a policy may take, by `unnorm_key`: what the
             chunks of its training (up to 20,000 of them) took, and some more (`tokenizers.fast_length.code_budget`). A key that is left out may take as many as any chunk can (`most_codes`).
+        head: continuous head that says the actions (`hf_vla_actions.heads`); None for a policy whose actions are tokens.
+            With a head and a tokenizer the model learns both, and `predict_action` asks the head.
 
     All of it is checked when it is made, saved as `action_config.json` and read again by `from_pretrained`.
     """
 
-    tokenizer: ActionTokenizer
-    vocabulary: ActionVocabulary
+    tokenizer: Any
+    vocabulary: Any
     norm_stats: NormStats | Mapping[str, Any]
     spaces: Mapping[str, ActionSpace] = field(default_factory=dict)
     horizon: int = 1
@@ -70,6 +67,7 @@ class ActionConfig:
     cameras: Sequence[str] = ()
     chat: bool = True
     token_budget: Mapping[str, int] = field(default_factory=dict)
+    head: HeadConfig | None = None
 
     def __post_init__(self):
         stats = self.norm_stats if isinstance(self.norm_stats, NormStats) else NormStats(self.norm_stats)
@@ -79,80 +77,7 @@ class ActionConfig:
         values |= {"token_budget": dict(self.token_budget)}
         for name, value in values.items():
             object.__setattr__(self, name, value)
-        self._check()
-
-    def _check(self) -> None:
-        if not isinstance(self.horizon, (int, np.integer)) or isinstance(self.horizon, bool) or self.horizon < 1:
-            raise VLAActionsError(f"horizon must be a whole number of at least 1, got {self.horizon!r}")
-        fields = [name for _, name, _, _ in string.Formatter().parse(self.prompt) if name is not None]
-        if fields != ["instruction"]:
-            raise VLAActionsError(f"prompt must contain {{instruction}} once and nothing else, got {self.prompt!r}")
-        if self.tokenizer.n_codes != self.vocabulary.n_codes:
-            raise VLAActionsError(
-                f"the action tokenizer has {self.tokenizer.n_codes} codes, the vocabulary {self.vocabulary.n_codes}"
-            )
-        strangers = sorted(set(self.spaces) - set(self.norm_stats))
-        if strangers:
-            raise VLAActionsError(f"spaces {strangers} have no statistics; norm_stats has {sorted(self.norm_stats)}")
-        for key, space in self.spaces.items():
-            stats = self.stats(key)
-            if stats.dof != space.dof:
-                raise VLAActionsError(
-                    f"{key!r}: statistics of {stats.dof} dimensions for the {space.dof} of its space"
-                )
-            self.vocabulary.table(space.dof)  # raises if each dimension has ids of its own, for another number of them
-            if stats.horizon is not None and (self.is_per_number or stats.horizon != self.horizon):
-                fits = "bins share one table over all steps" if self.is_per_number else f"horizon is {self.horizon}"
-                raise VLAActionsError(f"{key!r}: statistics of each of {stats.horizon} steps do not fit: {fits}")
-            if stats.mode == "normal":
-                raise VLAActionsError(
-                    f"{key!r}: bins cover [-1, 1] and would cut z-scores (mode 'normal') at one standard deviation; "
-                    "use mode 'bounds_q99' or 'bounds'"
-                )
-            self._check_chunk(key, space)
-            # Limits that no action can satisfy are refused here, not in front of the robot. What depends on where the
-            # robot is can only be checked there.
-            always = [limit for limit in self.limits if not limit.needs and limit.n_samples is None]
-            values = self.token_values(key) if self.is_per_number else None
-            bind(None, space, values, self.horizon, limits=always, grid=values is not None)
-        self._check_budget()
-
-    def _check_budget(self) -> None:
-        """Raise for a budget of tokens that has no use, or that no chunk fits into."""
-        tokenizer = self.tokenizer
-        if not self.token_budget:
-            return
-        if not isinstance(tokenizer, FASTActionTokenizer):
-            raise VLAActionsError(
-                "token_budget is for FAST, whose chunks have different numbers of tokens: leave it out"
-            )
-        for key, budget in self.token_budget.items():
-            if key not in self.norm_stats:
-                raise VLAActionsError(f"token_budget of {key!r}: norm_stats has {sorted(self.norm_stats)}")
-            most = most_codes(tokenizer, self.horizon, self.spaces[key].dof)
-            least = fewest_codes(tokenizer, self.horizon * self.spaces[key].dof)
-            if isinstance(budget, bool) or not isinstance(budget, (int, np.integer)) or not least <= budget <= most:
-                raise VLAActionsError(
-                    f"token_budget of {key!r}: chunks of {self.horizon} x {self.spaces[key].dof} take {least} to {most} "
-                    f"tokens, got {budget!r}"
-                )
-
-    def _check_chunk(self, key: str, space: ActionSpace) -> None:
-        """Raise if the codes of whole chunks are for other chunks than those of this robot."""
-        tokenizer = self.tokenizer
-        if not self.is_per_number and self.vocabulary.dof is not None:
-            raise VLAActionsError(
-                "FAST and VQ codes stand for whole chunks: their vocabulary has no ids for each dimension (use another "
-                "layout than 'per_dimension')"
-            )
-        if isinstance(tokenizer, VQActionTokenizer) and (tokenizer.shape.dof, tokenizer.shape.horizon) != (
-            space.dof,
-            self.horizon,
-        ):
-            raise VLAActionsError(
-                f"{key!r}: the VQ tokenizer was fitted to chunks of {tokenizer.shape.horizon} x {tokenizer.shape.dof}, the policy has "
-                f"{self.horizon} x {space.dof}"
-            )
+        check_config(self)
 
     @property
     def is_per_number(self) -> bool:
@@ -188,7 +113,15 @@ class ActionConfig:
             return int(self.token_budget.get(key, most_codes(self.tokenizer, self.horizon, self.spaces[key].dof)))
         return self.n_tokens(unnorm_key)
 
+    def _need_tokens(self, what: str) -> None:
+        if self.tokenizer is None:
+            raise VLAActionsError(
+                f"this policy says its actions with a {self.head.kind!r} head and has no action tokens to {what}: use "  # type: ignore[union-attr]
+                "predict_action, or normalize() and unnormalize()"
+            )
+
     def _need_numbers(self, what: str) -> None:
+        self._need_tokens("count")
         if not self.is_per_number:
             raise VLAActionsError(
                 f"only with bins {what}; this policy has {type(self.tokenizer).__name__}, whose tokens stand for whole "
@@ -223,6 +156,7 @@ class ActionConfig:
         Returns:
             (..., n_tokens) int64; for FAST, whose chunks have different numbers of tokens, a list of int64 arrays.
         """
+        self._need_tokens("encode")
         actions = np.asarray(actions, dtype=np.float64)
         dof = self.space(unnorm_key).dof
         if actions.shape[-2:] != (self.horizon, dof):
@@ -253,6 +187,7 @@ class ActionConfig:
             ids: (..., horizon * dof) with bins, (..., n_tokens) with VQ, a list of int64 arrays with FAST.
             unnorm_key: which statistics and action space.
         """
+        self._need_tokens("decode")
         if not self.is_per_number:
             many = isinstance(self.tokenizer, FASTActionTokenizer)
             if not many and (not np.size(ids) or np.shape(ids)[-1:] != (self.n_tokens(unnorm_key),)):
@@ -269,19 +204,66 @@ class ActionConfig:
         grid = codes.reshape(normalized.shape)
         return normalized, self.token_values(unnorm_key)[np.arange(dof), grid]
 
+    def normalize(self, actions, unnorm_key: str | None = None) -> np.ndarray:
+        """What a continuous head learns: chunks in real units to normalized ones.
+
+        Args:
+            actions: (..., horizon, dof of the space).
+            unnorm_key: which statistics and action space.
+
+        Returns:
+            (..., horizon, dof of the head) float64, zeros in the dimensions that the robot does not have.
+        """
+        actions = np.asarray(actions, dtype=np.float64)
+        dof = self.space(unnorm_key).dof
+        if actions.shape[-2:] != (self.horizon, dof):
+            raise VLAActionsError(f"a chunk has shape (..., {self.horizon}, {dof}), got {actions.shape}")
+        return _padded(self.stats(unnorm_key).normalize(actions), self._head_config().dof)
+
+    def unnormalize(self, normalized, unnorm_key: str | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """What a continuous head says, to a pair of chunks (..., horizon, dof): normalized, and in real units.
+
+        Args:
+            normalized: (..., horizon, dof of the head); dimensions that the robot does not have are trimmed.
+            unnorm_key: which statistics and action space.
+        """
+        space, wanted = self.space(unnorm_key), (self.horizon, self._head_config().dof)
+        normalized = np.asarray(normalized, dtype=np.float64)
+        if normalized.shape[-2:] != wanted:
+            raise VLAActionsError(
+                f"the head's chunks have shape (..., {wanted[0]}, {wanted[1]}), got {normalized.shape}"
+            )
+        normalized = normalized[..., : space.dof]
+        return normalized, space.settle(self.stats(unnorm_key).unnormalize(normalized))
+
+    def normalize_proprio(self, proprio, unnorm_key: str | None = None) -> np.ndarray:
+        """The robot's state (..., numbers) in real units, as the head reads it: (..., `head.proprio_dim`) float64."""
+        stats, width = self.norm_stats[self.resolve(unnorm_key)]["proprio"], self._head_config().proprio_dim
+        if width is None or stats is None:
+            raise VLAActionsError("this policy was not built to read proprio; pass proprio=None")
+        return _padded(stats.normalize(proprio), width)
+
+    def _head_config(self) -> HeadConfig:
+        if self.head is None:
+            raise VLAActionsError(
+                "this policy says its actions as tokens and has no continuous head: use encode() and decode()"
+            )
+        return self.head
+
     def prompt_for(self, instruction: str) -> str:
         """The prompt of one instruction. Text of action tokens inside it raises: it would become actions."""
         if not isinstance(instruction, str) or not instruction.strip():
             raise VLAActionsError(f"an instruction is a sentence, got {instruction!r}")
-        self.vocabulary.check_instruction(instruction)
+        if self.vocabulary is not None:
+            self.vocabulary.check_instruction(instruction)
         return self.prompt.format(instruction=instruction.strip())
 
     def to_dict(self) -> dict[str, Any]:
         """The content of `action_config.json`; inverse of `from_dict`."""
         return {
             "format_version": FORMAT_VERSION,
-            "tokenizer": self._tokenizer_dict(),
-            "vocabulary": self.vocabulary.to_dict(),
+            "tokenizer": tokenizer_to_dict(self.tokenizer),
+            "vocabulary": None if self.vocabulary is None else self.vocabulary.to_dict(),
             "norm_stats": self.norm_stats.to_dict(),  # type: ignore[union-attr]
             "spaces": {key: space.to_dict() for key, space in self.spaces.items()},
             "horizon": int(self.horizon),
@@ -290,13 +272,8 @@ class ActionConfig:
             "cameras": list(self.cameras),
             "chat": bool(self.chat),
             "token_budget": {key: int(budget) for key, budget in self.token_budget.items()},
+            **({} if self.head is None else {"head": self.head.to_dict()}),
         }
-
-    def _tokenizer_dict(self) -> dict[str, Any]:
-        if not isinstance(self.tokenizer, FASTActionTokenizer):
-            return self.tokenizer.to_dict()
-        whole = json.dumps(self.tokenizer.to_dict(), sort_keys=True).encode()
-        return {"type": "fast", "file": FAST_FILE, "sha256": hashlib.sha256(whole).hexdigest()}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], folder: str | os.PathLike | None = None) -> ActionConfig:
@@ -310,8 +287,8 @@ class ActionConfig:
         if version != FORMAT_VERSION:
             raise CheckpointError(f"{FILE_NAME} has format_version {version!r}, this release reads {FORMAT_VERSION}")
         return cls(
-            tokenizer=_read_tokenizer(values["tokenizer"], folder),
-            vocabulary=ActionVocabulary.from_dict(values["vocabulary"]),
+            tokenizer=read_tokenizer(values["tokenizer"], folder, FILE_NAME),
+            vocabulary=None if values["vocabulary"] is None else ActionVocabulary.from_dict(values["vocabulary"]),
             norm_stats=NormStats.from_dict(values["norm_stats"]),
             spaces={key: ActionSpace.from_dict(space) for key, space in values["spaces"].items()},
             horizon=values["horizon"],
@@ -320,13 +297,14 @@ class ActionConfig:
             cameras=values["cameras"],
             chat=values.get("chat", False),  # policies saved before there was a choice were trained without
             token_budget=values.get("token_budget", {}),
+            head=None if values.get("head") is None else head_config_from_dict(values["head"]),
         )
 
     def save_pretrained(self, save_directory: str | os.PathLike) -> Path:
         """Write `action_config.json` into a folder and return its path."""
         path = Path(save_directory) / FILE_NAME
         path.parent.mkdir(parents=True, exist_ok=True)
-        if not isinstance(self.tokenizer, UniformActionTokenizer):
+        if self.tokenizer is not None and not isinstance(self.tokenizer, UniformActionTokenizer):
             self.tokenizer.save_pretrained(path.parent)
         temporary = path.with_name(FILE_NAME + ".tmp")
         temporary.write_text(json.dumps(self.to_dict(), indent=1), encoding="utf-8")
@@ -358,9 +336,7 @@ class ActionConfig:
         try:
             values = json.loads(file.read_text(encoding="utf-8"))
             if not Path(path).is_dir():
-                for name in {"fast": [FAST_FILE], "vq": ["vq_tokenizer.safetensors"]}.get(
-                    values["tokenizer"]["type"], []
-                ):
+                for name in files_beside(values["tokenizer"]):
                     cached_file(str(path), name, **hub_arguments)  # to the same folder of the cache
             return cls.from_dict(values, file.parent)
         except FileNotFoundError:
@@ -377,18 +353,6 @@ class ActionConfig:
     __hash__ = None  # type: ignore[assignment]
 
 
-def _read_tokenizer(values: dict[str, Any], folder: str | os.PathLike | None) -> ActionTokenizer:
-    kind = values.get("type")
-    if kind not in ("fast", "vq"):
-        return UniformActionTokenizer.from_dict(values)
-    if folder is None:
-        raise CheckpointError(
-            f"a {kind!r} action tokenizer has files beside {FILE_NAME}: use ActionConfig.from_pretrained"
-        )
-    if kind == "vq":
-        return VQActionTokenizer.from_dict(values, folder)
-    tokenizer = FASTActionTokenizer.from_pretrained(folder)
-    whole = json.dumps(tokenizer.to_dict(), sort_keys=True).encode()
-    if hashlib.sha256(whole).hexdigest() != values.get("sha256"):
-        raise CheckpointError(f"{FAST_FILE} in {folder} is not the tokenizer that {FILE_NAME} was saved with")
-    return tokenizer
+def _padded(values: np.ndarray, width: int) -> np.ndarray:
+    """(..., n) to (..., width), zeros behind."""
+    return np.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, width - values.shape[-1])])

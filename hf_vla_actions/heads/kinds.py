@@ -1,0 +1,19 @@
+"""Which heads there are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from hf_vla_actions.heads.base import HeadConfig, HeadError
+from hf_vla_actions.heads.regression import RegressionConfig
+
+KINDS: dict[str, type[HeadConfig]] = {kind.kind: kind for kind in (RegressionConfig,)}
+
+
+def head_config_from_dict(values: Mapping[str, Any]) -> HeadConfig:
+    """Read what `HeadConfig.to_dict` wrote; an unknown kind raises."""
+    kind = values.get("kind")
+    if kind not in KINDS:
+        raise HeadError(f"there is no head of kind {kind!r}; there are {sorted(KINDS)}")
+    return KINDS[kind].from_dict({name: value for name, value in values.items() if name != "kind"})
