@@ -21,17 +21,16 @@ class TimeEmbedding(nn.Module):
         width: of the embedding; even.
     """
 
-    def __init__(self, width: int, *, shortest: float = 4e-3, longest: float = 4.0):
+    def __init__(self, width: int):
         super().__init__()
-        periods = torch.logspace(math.log10(shortest), math.log10(longest), width // 2, dtype=torch.float64)
-        # Fixed numbers, made anew with the head: not part of its saved weights.
-        self.register_buffer("rates", (2 * math.pi / periods).float(), persistent=False)
+        self.n_periods = width // 2
         self.perceptron = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, time: torch.Tensor) -> torch.Tensor:
         """From (batch,) times between 0 and 1 to (batch, width)."""
-        # In float64: the shortest period is as short as what bfloat16 or float16 times can tell apart.
-        angles = time.double()[:, None] * self.rates.double()
+        # In float32 whatever the weights are: half precision cannot tell times apart at the shortest period.
+        periods = torch.logspace(math.log10(4e-3), math.log10(4.0), self.n_periods, device=time.device)
+        angles = 2 * math.pi * time.float()[:, None] / periods
         waves = torch.cat([angles.sin(), angles.cos()], dim=-1)
         return self.perceptron(waves.to(self.perceptron[0].weight.dtype))
 
