@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, ClassVar
 
 import torch
@@ -94,6 +94,9 @@ class HeadConfig(abc.ABC):
         unknown = sorted(set(values) - {f.name for f in fields(cls)})
         if unknown:
             raise HeadError(f"a {cls.kind!r} head has no options {unknown}; it has {[f.name for f in fields(cls)]}")
+        missing = [f.name for f in fields(cls) if f.default is MISSING and f.name not in values]
+        if missing:
+            raise HeadError(f"a {cls.kind!r} head needs {missing}")
         return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
 
 
@@ -282,6 +285,8 @@ def real_numbers(pad_mask: torch.Tensor | None, actions: torch.Tensor) -> torch.
                 f"{pad_mask.dtype} {tuple(pad_mask.shape)}"
             )
         real = (pad_mask if pad_mask.ndim == 3 else pad_mask[..., None]).expand(actions.shape)
+    if not torch.isfinite(actions[real]).all():
+        raise HeadError("actions that are not padding hold values that are not finite: repair the data, or mask them")
     return real
 
 

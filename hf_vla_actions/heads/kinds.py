@@ -6,9 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from hf_vla_actions.heads.base import HeadConfig, HeadError
+from hf_vla_actions.heads.flow import FlowMatchingConfig
+from hf_vla_actions.heads.parallel import ParallelConfig
+from hf_vla_actions.heads.recurrent import RecurrentConfig
 from hf_vla_actions.heads.regression import RegressionConfig
 
-KINDS: dict[str, type[HeadConfig]] = {kind.kind: kind for kind in (RegressionConfig,)}
+KINDS: dict[str, type[HeadConfig]] = {kind.kind: kind for kind in (FlowMatchingConfig, RegressionConfig)}
 
 
 def head_config_from_dict(values: Mapping[str, Any]) -> HeadConfig:
