@@ -30,6 +30,9 @@ class Features:
             prompt; None for a head that has none.
         cache: keys and values of each layer, (batch, kv_heads, length, head_dim), as the model's own layers left them
             (rotated); only for a head that `needs_cache`.
+        next_position: (batch,) rotary position of a token that would follow the prompt, for a head that `needs_cache`;
+            None: the place in the row behind the last real token, which is right for a model that counts positions by
+            the place in the row. One that counts otherwise (only real tokens; the patches of an image as few) says it.
         proprio: (batch, proprio_dim) normalized state of the robot; only for a head that reads one.
         past: (batch, window - 1, n_slots, width) what `slots` were in the steps before, the oldest first; only for a
             head with a history.
@@ -40,6 +43,7 @@ class Features:
     mask: torch.Tensor | None = None
     slots: torch.Tensor | None = None
     cache: tuple[tuple[torch.Tensor, torch.Tensor], ...] | None = None
+    next_position: torch.Tensor | None = None
     proprio: torch.Tensor | None = None
     past: torch.Tensor | None = None
     past_mask: torch.Tensor | None = None
@@ -262,7 +266,7 @@ class ActionHead(nn.Module, abc.ABC):
 
 def _as_dtype(features: Features, dtype: torch.dtype) -> Features:
     def cast(value: torch.Tensor | None) -> torch.Tensor | None:
-        return value if value is None or value.dtype == torch.bool else value.to(dtype)
+        return value if value is None or not value.is_floating_point() else value.to(dtype)
 
     tensors = {f.name: cast(getattr(features, f.name)) for f in fields(features) if f.name != "cache"}
     cache = features.cache and tuple((keys.to(dtype), values.to(dtype)) for keys, values in features.cache)

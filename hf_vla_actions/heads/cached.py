@@ -129,8 +129,9 @@ class JointBlock(nn.Module):
 class CachedTransformer(nn.Module):
     """A denoiser like `layers.ChunkTransformer` that reads `Features.cache` instead of `Features.hidden`.
 
-    Its tokens stand behind the prompt: their rotary positions follow that of the prompt's last real token, so a model
-    must have counted the positions of its prompt as Transformers does without `position_ids`, by the place in the row.
+    Its tokens stand behind the prompt: their rotary positions go on from `Features.next_position`. Where the model
+    stretches its positions (scaled or partial rotary embeddings, a base that differs by layer), those of the head are
+    not the model's own; they are the same in every call all the same, and the head learns with them.
     A new one answers zero everywhere.
 
     Args:
@@ -197,8 +198,12 @@ class CachedTransformer(nn.Module):
 
 
 def after_prompt(features: Features) -> torch.Tensor:
-    """(batch,) the first position behind the last real token of each prompt; 0 behind none."""
+    """(batch,) `Features.next_position`, or the place in the row behind the last real token; 0 behind none."""
     length = features.hidden.shape[1]
+    if features.next_position is not None:
+        if tuple(features.next_position.shape) != (len(features),):
+            raise HeadError(f"next_position has shape ({len(features)},), got {tuple(features.next_position.shape)}")
+        return features.next_position
     if features.mask is None:
         return torch.full((len(features),), length, device=features.hidden.device)
     return (features.mask * torch.arange(1, length + 1, device=features.mask.device)).amax(dim=1)
