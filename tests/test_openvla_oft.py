@@ -15,7 +15,7 @@ from hf_vla_actions import (
 )
 from hf_vla_actions.constraints import Context, Fix, Linear, Range, Rate, Target
 from hf_vla_actions.errors import CheckpointError, ConstraintError, SelfTestError, UnnormKeyError, VLAActionsError
-from hf_vla_actions.models.openvla.heads import DDIM
+from hf_vla_actions.heads.schedules import DDIM
 from hf_vla_actions.models.openvla.oft_config import PRESETS, OFTOptions
 
 L1_ACTIONS = 2e-5

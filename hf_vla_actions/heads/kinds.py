@@ -11,7 +11,15 @@ from hf_vla_actions.heads.parallel import ParallelConfig
 from hf_vla_actions.heads.recurrent import RecurrentConfig
 from hf_vla_actions.heads.regression import RegressionConfig
 
-KINDS: dict[str, type[HeadConfig]] = {kind.kind: kind for kind in (FlowMatchingConfig, RegressionConfig)}
+KINDS: dict[str, type[HeadConfig]] = {
+    kind.kind: kind
+    for kind in (
+        FlowMatchingConfig,
+        ParallelConfig,
+        RecurrentConfig,
+        RegressionConfig,
+    )
+}
 
 
 def head_config_from_dict(values: Mapping[str, Any]) -> HeadConfig:

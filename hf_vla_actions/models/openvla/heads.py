@@ -5,7 +5,6 @@ Source: moojink/openvla-oft, `prismatic/models/action_heads.py` and `projectors.
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import torch
@@ -14,7 +13,6 @@ from torch import nn
 HEAD_EPS = 1e-5
 RESIDUAL_BLOCKS = 2
 MAX_PERIOD = 10000
-CLIP = 1.0
 
 
 class ResidualBlock(nn.Module):
@@ -129,38 +127,3 @@ def timestep_embedding(timesteps: torch.Tensor, hidden: int) -> torch.Tensor:
     frequencies = torch.exp(steps * -math.log(MAX_PERIOD) / (half - 1))
     angles = timesteps.float()[:, None] * frequencies[None]
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
-
-
-class DDIM:
-    """The noise schedule of the original: DDIM (arXiv 2010.02502) with "squared cosine" betas, noise predicted.
-
-    The same as `diffusers.DDIMScheduler(beta_schedule="squaredcos_cap_v2")` with its other defaults: samples clipped
-    to [-1, 1], no noise added on the way, the last step ends at the clean sample.
-
-    Args:
-        train_steps: steps of the schedule.
-        steps: steps of denoising, at most as many.
-    """
-
-    def __init__(self, train_steps: int, steps: int):
-        def remaining(t: float) -> float:
-            return math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
-
-        times = [i / train_steps for i in range(train_steps + 1)]
-        betas = [min(1 - remaining(b) / remaining(a), 0.999) for a, b in itertools.pairwise(times)]
-        self.alphas = torch.cumprod(1.0 - torch.tensor(betas, dtype=torch.float32), dim=0)
-        self.stride = train_steps // steps
-        self.timesteps = [i * self.stride for i in reversed(range(steps))]
-
-    def add_noise(self, clean: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """Clean samples (batch, ...) with as much noise as their timesteps (batch,) have."""
-        alpha = self.alphas.to(clean.device)[timesteps].reshape(-1, *[1] * (clean.ndim - 1))
-        return alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
-
-    def step(self, noise: torch.Tensor, timestep: int, sample: torch.Tensor) -> torch.Tensor:
-        """One step back: predicted noise and noisy sample at a timestep to the sample at the one before."""
-        alpha = self.alphas[timestep].to(sample.device)
-        before = timestep - self.stride
-        alpha_before = self.alphas[before].to(sample.device) if before >= 0 else torch.ones_like(alpha)
-        clean = ((sample - (1 - alpha).sqrt() * noise) / alpha.sqrt()).clamp(-CLIP, CLIP)
-        return alpha_before.sqrt() * clean + (1 - alpha_before).sqrt() * noise

@@ -16,8 +16,9 @@ from torch import nn
 from transformers.utils import ModelOutput
 
 from hf_vla_actions.errors import VLAActionsError
+from hf_vla_actions.heads.schedules import DDIM
 from hf_vla_actions.models.openvla.configuration import OpenVLAConfig
-from hf_vla_actions.models.openvla.heads import DDIM, DiffusionHead, L1Head, TokenProjector, timestep_embedding
+from hf_vla_actions.models.openvla.heads import DiffusionHead, L1Head, TokenProjector, timestep_embedding
 from hf_vla_actions.models.openvla.insertion import PatchInsertion
 from hf_vla_actions.models.openvla.oft_config import OFTOptions
 from hf_vla_actions.models.openvla.policy import close_prompt
