@@ -1,6 +1,7 @@
 """Continuous action heads: `loss(hidden, actions, pad_mask)` and `sample(hidden)`, on any vision-language model."""
 
 from hf_vla_actions.heads.base import ActionHead, Features, HeadConfig, HeadError
+from hf_vla_actions.heads.diffusion import DiffusionConfig, DiffusionHead
 from hf_vla_actions.heads.flow import FlowMatchingConfig, FlowMatchingHead
 from hf_vla_actions.heads.guidance import Chain, Guidance, GuidanceError, Repaint, SoftPrefix, prefix_weights
 from hf_vla_actions.heads.kinds import head_config_from_dict
@@ -12,6 +13,8 @@ from hf_vla_actions.heads.transfusion import TransfusionLoss, token_loss, transf
 __all__ = [
     "ActionHead",
     "Chain",
+    "DiffusionConfig",
+    "DiffusionHead",
     "Features",
     "FlowMatchingConfig",
     "FlowMatchingHead",

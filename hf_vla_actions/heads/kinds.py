@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from hf_vla_actions.heads.base import HeadConfig, HeadError
+from hf_vla_actions.heads.diffusion import DiffusionConfig
 from hf_vla_actions.heads.flow import FlowMatchingConfig
 from hf_vla_actions.heads.parallel import ParallelConfig
 from hf_vla_actions.heads.recurrent import RecurrentConfig
@@ -14,6 +15,7 @@ from hf_vla_actions.heads.regression import RegressionConfig
 KINDS: dict[str, type[HeadConfig]] = {
     kind.kind: kind
     for kind in (
+        DiffusionConfig,
         FlowMatchingConfig,
         ParallelConfig,
         RecurrentConfig,

@@ -69,6 +69,16 @@ class NoiseSchedule(abc.ABC):
         alpha = self.alphas[timestep].to(sample.device)
         return (sample - alpha.sqrt() * clean) / (1 - alpha).sqrt()
 
+    def share(self, timestep: int) -> float:
+        """Share of the way from noise (0) to clean (1): that of the clean sample in a noisy one, by its weight."""
+        alpha = float(self.alphas[timestep])
+        return math.sqrt(alpha) / self.scale(timestep)
+
+    def scale(self, timestep: int) -> float:
+        """By what `(1 - share) * noise + share * clean` is multiplied: it keeps the variance at 1."""
+        alpha = float(self.alphas[timestep])
+        return math.sqrt(alpha) + math.sqrt(1 - alpha)
+
     def before(self, timestep: int) -> torch.Tensor:
         """Alpha bar of the timestep to which a step back goes: 1, no noise at all, behind the last."""
         before = timestep - self.stride
