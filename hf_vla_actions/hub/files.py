@@ -26,7 +26,7 @@ LEFT_OUT = {
 # Of an earlier push: they would be loaded instead of, or together with, what is sent now.
 OF_A_POLICY = (
     *("config.json", "generation_config.json", "model.safetensors", "model-*.safetensors"),
-    *("model.safetensors.index.json", "adapter_config.json", "adapter_model.safetensors", "action_config.json"),
+    *("model.safetensors.index.json", "adapter_*.json", "adapter_model.safetensors", "action_config.json"),
     *("fast_tokenizer.json", "vq_tokenizer.*", "dataset_statistics.json", "action_metrics.json", "training.json"),
     *("modeling_hf_vla_actions.py", "processor_config.json", "preprocessor_config.json", "chat_template.*"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),

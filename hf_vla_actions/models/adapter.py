@@ -14,11 +14,13 @@ from hf_vla_actions.actions import NormStats
 from hf_vla_actions.actions.norm_stats import FILE_NAME as STATISTICS_FILE
 from hf_vla_actions.errors import CheckpointError
 from hf_vla_actions.models.families import OPENVLA_TYPE
+from hf_vla_actions.models.fingerprint import BaseFingerprint, sampled_names
 from hf_vla_actions.models.push_up import push_up
 
 logger = logging.getLogger(__name__)
 
 QUANTIZATION_FILE = "adapter_quantization.json"
+BASE_FILE = "adapter_base.json"
 
 
 def save_adapter(model, folder: str | Path, **kwargs: Any) -> None:
@@ -29,7 +31,10 @@ def save_adapter(model, folder: str | Path, **kwargs: Any) -> None:
     Args:
         model: PeftModel whose base was made by `to_vla`.
         folder: where to.
-        kwargs: as for PEFT's `save_pretrained`.
+        kwargs: as for PEFT's `save_pretrained`; with `state_dict` its values are written instead of the model's (those of
+            weights that are cut over processes, gathered).
+
+    Beside it lie a few values of the base (`models.fingerprint`), by which `load_adapter` knows it again.
     """
     from peft import PeftModel
 
@@ -46,20 +51,23 @@ def save_adapter(model, folder: str | Path, **kwargs: Any) -> None:
     PeftModel.save_pretrained(model, str(folder), **{"save_embedding_layers": False, **kwargs})
     policy.processor.save_pretrained(folder)
     policy.action_config.save_pretrained(folder)
-    _save_quantization(policy, Path(folder) / QUANTIZATION_FILE)
+    _write_or_remove(Path(folder) / QUANTIZATION_FILE, policy.config.to_dict().get("quantization_config"))
+    # Known from the start where this package made the adapter; weights may be cut over processes by now.
+    known = model.__dict__.get("base_fingerprint")
+    base = BaseFingerprint.of(policy) if known is None else known
+    _write_or_remove(Path(folder) / BASE_FILE, None if base is None else base.to_dict())
     if policy.config.model_type == OPENVLA_TYPE:
         # Where the original's readers look for them; its config.json stays with the base.
         share_statistics(policy)
         (Path(folder) / STATISTICS_FILE).write_text(json.dumps(policy.config.norm_stats, indent=1), encoding="utf-8")
 
 
-def _save_quantization(policy, file: Path) -> None:
-    """Say beside an adapter on what kind of weights it was trained; PEFT does not."""
-    values = policy.config.to_dict().get("quantization_config")
-    if values is None:
+def _write_or_remove(file: Path, content: dict[str, Any] | None) -> None:
+    """Write what belongs beside an adapter and PEFT does not know; what an earlier save left does not stay."""
+    if content is None:
         file.unlink(missing_ok=True)
     else:
-        file.write_text(json.dumps(values, indent=1, default=str), encoding="utf-8")
+        file.write_text(json.dumps(content, indent=1, default=str), encoding="utf-8")
 
 
 def quantization_of_adapter(folder: str | Path, **hub: Any) -> dict[str, Any] | None:
@@ -69,8 +77,42 @@ def quantization_of_adapter(folder: str | Path, **hub: Any) -> dict[str, Any] | 
         folder: adapter folder or repository id.
         hub: `revision`, `token`, `cache_dir`, ... of the repository.
     """
-    file = cached_file(str(folder), QUANTIZATION_FILE, _raise_exceptions_for_missing_entries=False, **hub)
-    return None if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
+    return _read(folder, QUANTIZATION_FILE, hub)
+
+
+def _read(folder: str | Path, name: str, hub: dict[str, Any]) -> Any:
+    file = cached_file(str(folder), name, _raise_exceptions_for_missing_entries=False, **hub)
+    try:
+        return None if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{name} of the adapter in {folder} is damaged: {error}") from None
+
+
+def _check_base(found: BaseFingerprint | None, policy, folder: str | Path, hub: dict[str, Any]) -> None:
+    """Raise if an adapter was trained on other weights than those of `policy`; one that does not say is taken as it is."""
+    content = _read(folder, BASE_FILE, hub)
+    if content is None:
+        return
+    try:
+        wanted = BaseFingerprint.from_dict(content)
+    except CheckpointError as error:
+        raise CheckpointError(f"{BASE_FILE} of the adapter in {folder}: {error}") from None
+    if found is None:
+        logger.warning("whether the adapter in %s was trained on this base cannot be seen: weights are cut", folder)
+        return
+    differing = found.differing(wanted)
+    if differing == []:
+        return
+    if differing is None:
+        what = f"its base had {wanted.tensors} tensors, this one has {found.tensors} with other names or shapes"
+    else:
+        names = sampled_names(policy)
+        what = f"of {found.compared} tensors {len(differing)} hold other values, such as {names[differing[0]]}"
+    raise CheckpointError(
+        f"the adapter in {folder} was trained on another base model than {policy.config.name_or_path or 'this one'}: "
+        f"{what}. Put the base back, or say where it is (base=, --base); to run it on this one all the same, remove "
+        f"{BASE_FILE} from a copy of the adapter"
+    )
 
 
 def share_statistics(policy) -> None:
@@ -90,8 +132,14 @@ def share_statistics(policy) -> None:
     policy.config.norm_stats = {key: entries[key] for key in wanted}
 
 
-def save_whole_adapter(model) -> Any:
-    """Let a PEFT model save and publish (`save_pretrained`, `push_to_hub`) all that its policy needs; returns it."""
+def save_whole_adapter(model, base: BaseFingerprint | None) -> Any:
+    """Let a PEFT model save and publish (`save_pretrained`, `push_to_hub`) all that its policy needs; returns it.
+
+    Args:
+        model: PeftModel around a policy.
+        base: of the policy before the adapter was put on.
+    """
+    model.base_fingerprint = base
     # PEFT's own would leave the action config and the processor out, without a word.
     model.save_pretrained = functools.partial(save_adapter, model)
     model.push_to_hub = functools.partial(push_up, model)
@@ -117,7 +165,7 @@ def base_of(adapter: dict[str, Any], folder: str | Path) -> str:
 
 
 def load_adapter(policy, folder: str | Path, **kwargs: Any):
-    """Put an adapter on its base policy; raises if a single weight is missing or left over.
+    """Put an adapter on its base policy.
 
     Args:
         policy: the base model, made by `to_vla` with the adapter's own action config.
@@ -126,10 +174,15 @@ def load_adapter(policy, folder: str | Path, **kwargs: Any):
 
     Returns:
         PeftModel; `predict_action` and the other methods of the policy are reached through it.
+
+    Raises:
+        CheckpointError: a weight is missing or left over, or the adapter was trained on a base of other weights.
     """
     from peft import PeftModel, get_peft_model_state_dict
     from peft.utils import load_peft_weights
 
+    base = BaseFingerprint.of(policy)
+    _check_base(base, policy, folder, kwargs)
     try:
         model = PeftModel.from_pretrained(policy, folder, **kwargs)
     except (KeyError, RuntimeError, IndexError) as error:
@@ -154,4 +207,4 @@ def load_adapter(policy, folder: str | Path, **kwargs: Any):
         )
     if policy.config.model_type == OPENVLA_TYPE and policy.processor is not None:
         share_statistics(policy)  # the base knows its own datasets only, and a merged model would be saved like that
-    return save_whole_adapter(model)
+    return save_whole_adapter(model, base)

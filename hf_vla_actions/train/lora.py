@@ -14,6 +14,7 @@ from transformers.hf_argparser import string_to_bool
 from hf_vla_actions.errors import TrainingError
 from hf_vla_actions.models.adapter import save_whole_adapter
 from hf_vla_actions.models.families import family_of
+from hf_vla_actions.models.fingerprint import BaseFingerprint
 from hf_vla_actions.train.arguments import LoraArguments, VLATrainingArguments
 
 
@@ -60,7 +61,8 @@ def add_lora(policy, args: LoraArguments) -> Any:
             use_rslora=args.lora_rslora,
             use_dora=args.lora_dora,
         )
-        return save_whole_adapter(get_peft_model(policy, config))
+        base = BaseFingerprint.of(policy)
+        return save_whole_adapter(get_peft_model(policy, config), base)
     except ValueError as error:
         raise TrainingError(f"no LoRA adapter can be made: {error}") from None
 
