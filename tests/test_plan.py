@@ -137,6 +137,19 @@ def test_tokens_are_those_that_the_model_reads(family, bases, robot):
     assert (plan.tokens.image > 0) == (family != "llama")
 
 
+def test_adapter_of_the_patch_embedding_reads_no_patches_of_its_own(bases, robot):
+    args = training()
+    targets = list(RECIPES["openvla-lora"].lora_target_modules)
+    lora = LoraArguments(True, lora_r=4, lora_target_modules=targets, lora_vision=True, lora_action_rows=False)
+    policy, key, dataset, chunks = load(bases("openvla"), robot, load_outline)
+    before = make_plan(policy, policy, key, dataset, chunks, None, args, LoraArguments())
+    adapted = model_of(policy, args, lora)
+    assert any("patch_embed.proj.lora_A" in name for name, _ in adapted.named_parameters())
+    plan = make_plan(adapted, policy, key, dataset, chunks, None, args, lora)
+    assert plan.tokens == before.tokens
+    assert plan.tokens.image == policy.config.num_patches
+
+
 @pytest.mark.parametrize("n", [1, 7, 24])
 @pytest.mark.parametrize(("batch", "accumulation", "epochs"), [(4, 1, 1), (4, 2, 3), (3, 4, 2.5), (50, 2, 1)])
 def test_steps_are_those_of_the_trainer(n, batch, accumulation, epochs):

@@ -272,7 +272,8 @@ def _patches(policy, vision: tuple[str, ...], made: dict[str, Any]) -> int:
     kernels = [
         math.prod(m.kernel_size) * m.in_channels
         for name, m in policy.named_modules()
-        if isinstance(m, (nn.Conv2d, nn.Conv3d)) and in_vision(name, vision)
+        # An adapter of the embedding is made of convolutions too, which read no further patches.
+        if isinstance(m, (nn.Conv2d, nn.Conv3d)) and in_vision(name, vision) and ".lora_" not in name
     ]
     return int(pixels.numel() // sum(kernels)) if kernels else 0
 
