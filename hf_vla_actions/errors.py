@@ -114,6 +114,10 @@ class InfeasibleConstraintError(ConstraintError):
         return partial(type(self), **self.__dict__), ()
 
 
+class ExecutionError(VLAActionsError):
+    """A chunk that cannot be carried out, or time that does not go forward."""
+
+
 class DatasetError(VLAActionsError):
     """A dataset that is absent, corrupt, or does not hold what was asked for."""
 

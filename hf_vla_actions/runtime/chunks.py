@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
 from hf_vla_actions.actions import ActionSpace
 from hf_vla_actions.constraints import Context
 from hf_vla_actions.constraints.retime import RetimedChunk
-from hf_vla_actions.errors import VLAActionsError
-
-REMEMBERED = 1000  # actions of an episode that are kept
+from hf_vla_actions.errors import ExecutionError
+from hf_vla_actions.runtime.policy import ChunkRunner, ChunkSource, Observation, Policy, check_steps, read_chunk
 
 
 def first_steps(chunk: np.ndarray | RetimedChunk, n_decoded: int | None) -> np.ndarray:
@@ -29,50 +27,51 @@ def first_steps(chunk: np.ndarray | RetimedChunk, n_decoded: int | None) -> np.n
     return chunk.first(n_decoded) if isinstance(chunk, RetimedChunk) else chunk[:n_decoded]
 
 
-class ChunkPolicy:
-    """A policy that asks for a new chunk only when the last one has been carried out.
+class RecedingHorizon(ChunkRunner):
+    """A policy that asks for a new chunk only when the last one has been carried out as far as it should.
 
     Args:
-        predict_chunk: observation to chunk in real units, (horizon, dof) or a RetimedChunk.
+        policy: observation to chunk in real units, (horizon, dof) or a RetimedChunk; or a policy made from such a source.
         execute_steps: decoded steps carried out before the next look (one action each, more where a chunk was
-            retimed: the plan goes as far, and takes longer); the whole chunk if None.
+            retimed: the plan goes as far, and takes longer). None: as in the policy that was given, else the whole
+            chunk.
 
     Attributes:
-        executed: actions returned since the last reset, the newest last (the last 1000 of them).
         first_context: what was known when the first chunk of the episode was predicted.
+
+    Raises:
+        ExecutionError: `execute_steps` beyond the horizon, or something that is no chunk.
     """
 
-    def __init__(
-        self,
-        predict_chunk: Callable[[Mapping[str, Any]], np.ndarray | RetimedChunk],
-        execute_steps: int | None = None,
-    ):
-        whole = isinstance(execute_steps, (int, np.integer)) and not isinstance(execute_steps, bool)
-        if execute_steps is not None and (not whole or execute_steps < 1):
-            raise VLAActionsError(f"execute_steps is a whole number of at least 1, got {execute_steps!r}")
-        self._predict_chunk = predict_chunk
-        self._execute_steps = execute_steps
+    gives_chunks = True
+
+    def __init__(self, policy: ChunkSource | Policy, execute_steps: int | None = None):
+        super().__init__(policy)
+        inherited = self._inner.execute_steps if isinstance(self._inner, RecedingHorizon) else None
+        self.execute_steps: int | None = (
+            inherited if execute_steps is None else check_steps("execute_steps", execute_steps, 1)
+        )
         self._pending: deque[np.ndarray] = deque()
-        self.executed: deque[np.ndarray] = deque(maxlen=REMEMBERED)
         self.first_context: Context | None = None
 
-    def __call__(self, obs: Mapping[str, Any]) -> np.ndarray:
+    def __call__(self, obs: Observation) -> np.ndarray:
         """Return the next action (dof,) in real units for an observation."""
         if not self._pending:
-            chunk = self._predict_chunk(obs)
+            chunk = read_chunk(self.predict_chunk(obs))
             horizon = chunk.n_decoded if isinstance(chunk, RetimedChunk) else len(chunk)
-            if self._execute_steps is not None and self._execute_steps > horizon:
-                raise VLAActionsError(f"execute_steps={self._execute_steps} is more than the horizon {horizon}")
-            self._pending.extend(first_steps(chunk, self._execute_steps))
-        action = self._pending.popleft()
-        self.executed.append(np.array(action))  # a copy: the caller may change what it gets
-        return action
+            if self.execute_steps is not None and self.execute_steps > horizon:
+                raise ExecutionError(f"execute_steps={self.execute_steps} is more than the horizon {horizon}")
+            self._pending.extend(first_steps(chunk, self.execute_steps))
+        return self._send(self._pending.popleft())
 
     def reset(self) -> None:
         """Forget what is left of the last chunk and what was done; call it at the start of every episode."""
+        super().reset()
         self._pending.clear()
-        self.executed.clear()
         self.first_context = None
+
+
+ChunkPolicy = RecedingHorizon  # the name that `vla.policy(...)` returns it by
 
 
 def remembered(
