@@ -353,8 +353,8 @@ def test_a_retiming_policy_takes_more_steps_on_the_same_path(policy):
     free = np.array([policy.policy()(observation(0))])
     runner = policy.policy(constraints=[Speed(XYZ, 0.003)], style="retime", execute_steps=1)
     steps, looked = [], []
-    original = runner._predict_chunk
-    runner._predict_chunk = lambda obs: looked.append(1) or original(obs)
+    original = runner.predict_chunk
+    runner.predict_chunk = lambda obs: looked.append(1) or original(obs)
     while len(looked) < 2:
         steps.append(runner(observation(0)))
     split = np.array(steps[:-1])
