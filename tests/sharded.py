@@ -1,4 +1,4 @@
-"""Run by two processes of `test_launch_config.py`: full fine-tuning with the weights cut among them."""
+"""Run by two processes of `test_launch_config.py`: full fine-tuning and LoRA with the weights cut among them."""
 
 import json
 import sys
@@ -8,11 +8,18 @@ import numpy as np
 import torch
 from tiny import INSTRUCTIONS, tiny_llama
 
+from hf_vla_actions.models import save_adapter
+from hf_vla_actions.train import LoraArguments, add_lora
 from hf_vla_actions.train.collator import ActionCollator, action_loss
 
 
 def policy():
     return tiny_llama(horizon=2)
+
+
+def adapter():
+    torch.manual_seed(0)
+    return add_lora(policy(), LoraArguments(use_peft=True, lora_r=4))
 
 
 def batches(collator, steps=3, rows=4):
@@ -50,28 +57,36 @@ def train(model, rank=0, world=1):
     return [float(loss) for loss in losses] if world == 1 else losses, model
 
 
-def main(folder):
-    from safetensors.torch import save_file
+def train_cut(model, mesh):
+    """Losses of the whole batch, and the gathered weights: on the first process alone."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    mesh = init_device_mesh("cpu", (2,))
-    rank = mesh.get_rank()
-    model = policy()
     whole = sum(p.numel() for p in model.parameters())
-    for layer in model.model.layers:
+    for layer in model.get_decoder().layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
     cut = sum(p.to_local().numel() for p in model.parameters())
     assert cut < 0.6 * whole, "each holds about a half"
-    losses, _ = train(model, rank, 2)
+    losses, _ = train(model, mesh.get_rank(), 2)
     for loss in losses:
         torch.distributed.all_reduce(loss)
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    if rank == 0:
+    return [float(loss) / 2 for loss in losses], state
+
+
+def main(folder):
+    from safetensors.torch import save_file
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh = init_device_mesh("cpu", (2,))
+    losses, state = train_cut(policy(), mesh)
+    model = adapter()
+    lora_losses, adapter_state = train_cut(model, mesh)
+    if mesh.get_rank() == 0:
         save_file({name: value.contiguous().clone() for name, value in state.items()}, folder / "model.safetensors")
-        (folder / "losses.json").write_text(json.dumps([float(loss) / 2 for loss in losses]))
+        save_adapter(model, folder / "adapter", state_dict=adapter_state)
+        (folder / "losses.json").write_text(json.dumps([losses, lora_losses]))
     torch.distributed.destroy_process_group()
 
 

@@ -13,7 +13,7 @@ from transformers import BitsAndBytesConfig
 
 from hf_vla_actions import AutoModelForActionPrediction
 from hf_vla_actions.data import ChunkDataset, LeRobotDataset
-from hf_vla_actions.errors import TrainingError
+from hf_vla_actions.errors import CheckpointError, TrainingError
 from hf_vla_actions.hub import inspect_checkpoint
 from hf_vla_actions.models.adapter import QUANTIZATION_FILE
 from hf_vla_actions.train import LoraArguments, VLATrainer, add_lora, fine_tune
@@ -255,3 +255,22 @@ def test_whole_weights_where_processes_cut_them_raise(name, monkeypatch, chunks,
         quantization_of(lora(load_in_4bit=True))
     with pytest.raises(TrainingError, match="cut them"):
         freeze_parts(tiny_llama(), Frozen(text_embeddings=True))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_gathered_weights_are_what_is_written_of_an_adapter(variant, llama_chunks, tmp_path):
+    """With FSDP and ZeRO-3 the trainer is handed them: the model itself holds a part."""
+    model = add_lora(tiny_llama(horizon=2), lora(**VARIANTS[variant]))
+    trainer = VLATrainer(model, arguments(tmp_path / "out"), train_dataset=llama_chunks)
+    gathered = {name: value + 1 for name, value in model.state_dict().items()}
+    trainer._save(tmp_path / "a", state_dict=gathered)
+    trainer._save(tmp_path / "b")
+    written, own = (load_file(tmp_path / name / "adapter_model.safetensors") for name in "ab")
+    assert set(written) == set(own)
+    for name, value in own.items():
+        assert torch.equal(written[name], value + 1), name
+    lost = next(name for name in gathered if "trainable_tokens_delta" in name)
+    del gathered[lost]
+    with pytest.raises(CheckpointError, match=f"1 of its tensors are not in the gathered .*{lost}"):
+        trainer._save(tmp_path / "c", state_dict=gathered)
+    assert not (tmp_path / "c").exists(), "nothing is written"

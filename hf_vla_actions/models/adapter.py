@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,9 @@ logger = logging.getLogger(__name__)
 
 QUANTIZATION_FILE = "adapter_quantization.json"
 BASE_FILE = "adapter_base.json"
+WRAPPED = re.compile(
+    r"_(checkpoint_wrapped_module|fsdp_wrapped_module|orig_mod)\."
+)  # not in names of a gathered state
 
 
 def save_adapter(model, folder: str | Path, **kwargs: Any) -> None:
@@ -42,6 +47,7 @@ def save_adapter(model, folder: str | Path, **kwargs: Any) -> None:
         raise CheckpointError(
             "an adapter has no remote_code_shim: merge it (merge_and_unload) and save the whole model"
         )
+    _check_gathered(model, kwargs.get("state_dict"))
     policy = model.get_base_model()
     for config in model.peft_config.values():
         base = Path(config.base_model_name_or_path or "")
@@ -60,6 +66,19 @@ def save_adapter(model, folder: str | Path, **kwargs: Any) -> None:
         # Where the original's readers look for them; its config.json stays with the base.
         share_statistics(policy)
         (Path(folder) / STATISTICS_FILE).write_text(json.dumps(policy.config.norm_stats, indent=1), encoding="utf-8")
+
+
+def _check_gathered(model, state: Mapping[str, Any] | None) -> None:
+    """Raise if a gathered state lacks something that is trained: PEFT would write the rest, without a word."""
+    if state is None:
+        return
+    trained = {WRAPPED.sub("", name) for name, weight in model.named_parameters() if weight.requires_grad}
+    missing = sorted(trained - set(state))
+    if missing:
+        raise CheckpointError(
+            f"the adapter cannot be saved: {len(missing)} of its tensors are not in the gathered state_dict, such as "
+            f"{missing[:2]} (with DeepSpeed's ZeRO-3 set stage3_gather_16bit_weights_on_model_save)"
+        )
 
 
 def _write_or_remove(file: Path, content: dict[str, Any] | None) -> None:

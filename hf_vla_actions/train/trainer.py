@@ -178,7 +178,7 @@ class VLATrainer(ResumableTrainer):
         if model is self.policy:
             model.save_pretrained(folder, state_dict=state_dict)
         else:
-            save_adapter(model, folder)
+            save_adapter(model, folder, state_dict=state_dict)
 
 
 def taco_loss_of(config: ActionConfig, args, unnorm_keys: Sequence[str]) -> TACOLoss | None:
