@@ -88,6 +88,10 @@ class HeadConfig(abc.ABC):
     def build(self, width: int) -> ActionHead:
         """The head, with random weights, for a model whose hidden states have this width."""
 
+    def fitted(self, *, n_layers: int, kv_heads: int, head_dim: int, rope_theta: float) -> HeadConfig:
+        """The config with the sizes of the model that it is for, if it needs to know them."""
+        return self
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON; `heads.head_config_from_dict` reads it."""
         return {"kind": self.kind, **asdict(self)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -86,6 +86,13 @@ class FlowMatchingConfig(HeadConfig):
         if self.n_heads % size.kv_heads:
             raise HeadError(f"n_heads is a multiple of the model's {size.kv_heads} kv_heads, got {self.n_heads}")
         return size
+
+    def fitted(self, *, n_layers: int, kv_heads: int, head_dim: int, rope_theta: float) -> FlowMatchingConfig:
+        """See `HeadConfig.fitted`; sizes that are there already stay."""
+        if self.attend != "cache" or self.n_layers is not None:
+            return self
+        sizes = {"n_layers": n_layers, "kv_heads": kv_heads, "head_dim": head_dim}
+        return replace(self, **sizes, rope_theta=rope_theta)  # type: ignore[arg-type]
 
     def build(self, width: int) -> FlowMatchingHead:
         """See `HeadConfig.build`."""

@@ -17,6 +17,7 @@ from hf_vla_actions.actions.norm_stats import FILE_NAME as STATISTICS_FILE
 from hf_vla_actions.errors import CheckpointError
 from hf_vla_actions.models.families import OPENVLA_TYPE
 from hf_vla_actions.models.fingerprint import BaseFingerprint, sampled_names
+from hf_vla_actions.models.head_files import PREFIX, save_head
 from hf_vla_actions.models.push_up import push_up
 
 logger = logging.getLogger(__name__)
@@ -57,6 +58,8 @@ def save_adapter(model, folder: str | Path, **kwargs: Any) -> None:
     PeftModel.save_pretrained(model, str(folder), **{"save_embedding_layers": False, **kwargs})
     policy.processor.save_pretrained(folder)
     policy.action_config.save_pretrained(folder)
+    if policy.action_config.head is not None:
+        save_head(_head_of(policy, kwargs.get("state_dict")), folder)
     _write_or_remove(Path(folder) / QUANTIZATION_FILE, policy.config.to_dict().get("quantization_config"))
     # Known from the start where this package made the adapter; weights may be cut over processes by now.
     known = model.__dict__.get("base_fingerprint")
@@ -66,6 +69,13 @@ def save_adapter(model, folder: str | Path, **kwargs: Any) -> None:
         # Where the original's readers look for them; its config.json stays with the base.
         share_statistics(policy)
         (Path(folder) / STATISTICS_FILE).write_text(json.dumps(policy.config.norm_stats, indent=1), encoding="utf-8")
+
+
+def _head_of(policy, state: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Weights of a policy's head by their names within it, from a gathered state if there is one."""
+    if state is None:
+        return policy.action_head.state_dict()
+    return {name.partition(PREFIX)[2]: tensor for name, tensor in state.items() if PREFIX in name}
 
 
 def _check_gathered(model, state: Mapping[str, Any] | None) -> None:

@@ -15,6 +15,7 @@ from hf_vla_actions.config import ActionConfig, check_source
 from hf_vla_actions.errors import CheckpointError
 from hf_vla_actions.models.adapter import base_of, load_adapter
 from hf_vla_actions.models.families import OPENVLA_TYPE
+from hf_vla_actions.models.head_files import load_head
 from hf_vla_actions.models.native import hub_arguments, load_model, load_processor
 from hf_vla_actions.models.wrap import to_vla
 
@@ -82,6 +83,8 @@ class AutoModelForActionPrediction:
         if adapter is not None and config is not None:
             processor = load_processor(path, model.config, **hub)
         policy = as_policy(model, processor, path, config, hub, oft)
+        if config is not None and config.head is not None:
+            load_head(policy.action_head, path, **hub)
         loaded = policy.eval() if adapter is None else load_adapter(policy, path, **hub).eval()
         if self_test:
             policy.self_test()

@@ -31,6 +31,7 @@ from hf_vla_actions.models.generation import (
     log_prob,
     neutral,
 )
+from hf_vla_actions.models.memory import Memory
 from hf_vla_actions.models.output import ActionOutput, commanded
 from hf_vla_actions.models.prompts import PromptBuilder
 from hf_vla_actions.models.push_up import push_up
@@ -207,6 +208,13 @@ class ActionPredictionMixin:
         space = self.action_config.space(key)
         check_choices(mode=mode, style=style, on_infeasible=on_infeasible)
 
+        memory = self._memory()
+        if memory is not None and execute_steps != 1:
+            raise VLAActionsError(
+                "the head of this policy sees a window of consecutive steps, so it must look at every step: pass execute_steps=1"
+            )
+        remembering = {} if memory is None else {"memory": memory}
+
         def predict_chunk(obs: Mapping[str, Any]) -> np.ndarray | RetimedChunk:
             missing = [name for name in self._observed() if name not in obs]
             if missing:
@@ -215,9 +223,11 @@ class ActionPredictionMixin:
             known: Any = context(obs) if isinstance(context, Callable) else context  # type: ignore
             if not runner.executed:
                 runner.first_context = known
+                if memory is not None:
+                    memory.clear()
             told = remembered(known, runner.executed, space, runner.first_context)
             inputs = self.prepare(*(obs[name] for name in self._observed()))
-            predict = partial(self.predict_action, **inputs, unnorm_key=key, **generate_options)
+            predict = partial(self.predict_action, **inputs, **remembering, unnorm_key=key, **generate_options)
             if style == "retime":
                 # Soft constraints act while decoding; the hard ones are for the longer chunk.
                 free: Any = predict(constraints=wanted, context=told, on_infeasible="nearest", return_dict=True)
@@ -236,6 +246,10 @@ class ActionPredictionMixin:
 
         runner = ChunkPolicy(predict_chunk, execute_steps)
         return runner
+
+    def _memory(self) -> Memory | None:
+        """What a policy remembers of the steps before; None where it needs nothing."""
+        return None
 
     def _observed(self) -> tuple[str, ...]:
         """Entries of an observation that `prepare` is given, in its order."""

@@ -133,6 +133,23 @@ class PromptBuilder:
     def _check_ids(self, ids: torch.Tensor, mask: torch.Tensor, sentences: list[str]) -> None:
         """Refuse what the text did not show: ids that are actions, and a prompt that is closed already."""
         vocabulary = self.config.vocabulary
+        if vocabulary is not None:
+            self._check_actions(ids, mask, sentences)
+        bos = self.tokenizer.bos_token_id
+        if bos is not None and ((ids[:, 1:] == bos) & (ids[:, :-1] == bos) & mask[:, :-1].bool()).any():
+            raise ActionTokenError(
+                f"the prompt begins twice with {self.tokenizer.bos_token!r}, once by the chat template and once by the "
+                "tokenizer: load the tokenizer with add_bos_token=False"
+            )
+        last = ids.shape[1] - 1 - mask.flip(1).argmax(dim=1)
+        if vocabulary is not None and (ids.gather(1, last[:, None]) == vocabulary.end_token_id).any():
+            raise ActionTokenError(
+                f"the tokenizer closes the prompt with {self.tokenizer.eos_token!r}, so no action would follow: load "
+                "it with add_eos_token=False"
+            )
+
+    def _check_actions(self, ids: torch.Tensor, mask: torch.Tensor, sentences: list[str]) -> None:
+        vocabulary = self.config.vocabulary
         actions = vocabulary.find(ids.numpy()) & mask.bool().numpy()
         if actions.any():
             row, column = np.argwhere(actions)[0]
@@ -143,18 +160,6 @@ class PromptBuilder:
             if token not in self._warned:  # once: a robot asks several times a second
                 self._warned.add(token)
                 logger.warning("%s: the model reads it as a movement", message)
-        bos = self.tokenizer.bos_token_id
-        if bos is not None and ((ids[:, 1:] == bos) & (ids[:, :-1] == bos) & mask[:, :-1].bool()).any():
-            raise ActionTokenError(
-                f"the prompt begins twice with {self.tokenizer.bos_token!r}, once by the chat template and once by the "
-                "tokenizer: load the tokenizer with add_bos_token=False"
-            )
-        last = ids.shape[1] - 1 - mask.flip(1).argmax(dim=1)
-        if (ids.gather(1, last[:, None]) == vocabulary.end_token_id).any():
-            raise ActionTokenError(
-                f"the tokenizer closes the prompt with {self.tokenizer.eos_token!r}, so no action would follow: load "
-                "it with add_eos_token=False"
-            )
 
     def _pictures(self, images, single: bool, n: int) -> list[list[Image.Image]]:
         if not self.family.takes_images:

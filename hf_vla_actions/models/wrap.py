@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import functools
 import logging
+from dataclasses import replace
 from typing import Any
 
+import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from hf_vla_actions.config import ActionConfig
 from hf_vla_actions.errors import VLAActionsError
+from hf_vla_actions.heads import ActionHead, HeadConfig
+from hf_vla_actions.models.continuous import HeadPolicyMixin, forward_of
 from hf_vla_actions.models.embeddings import grow_embeddings
 from hf_vla_actions.models.families import OPENVLA_TYPE, family_of
+from hf_vla_actions.models.features import sizes_of
 from hf_vla_actions.models.mixin import ActionPredictionMixin
 from hf_vla_actions.models.prompts import PromptBuilder
 from hf_vla_actions.tokenizers import ActionVocabulary
@@ -19,7 +24,7 @@ from hf_vla_actions.tokenizers import ActionVocabulary
 logger = logging.getLogger(__name__)
 
 
-def to_vla(model, processor, config: ActionConfig) -> Any:
+def to_vla(model, processor, config: ActionConfig, head: HeadConfig | ActionHead | None = None) -> Any:
     """Give a model the methods of `ActionPredictionMixin`; changes and returns that model.
 
     The embeddings grow if the action tokens need rows (they never shrink). What is saved later keeps the native
@@ -29,6 +34,8 @@ def to_vla(model, processor, config: ActionConfig) -> Any:
         model: any AutoModelForImageTextToText of a supported family, or any AutoModelForCausalLM.
         processor: its processor (with the action tokens in its tokenizer); for a text-only model the tokenizer.
         config: what turns token ids into robot commands.
+        head: a continuous head for actions: what it is made of (it starts with random weights), or a module. By default
+            `config.head`, if there is one.
 
     Rows that are added for action tokens get a start (`models.embeddings`). Rows that the model has already stay as they
     are, since nobody can tell whether they were trained: for a new policy on unused ones call `initialize_rows`, as the
@@ -46,6 +53,8 @@ def to_vla(model, processor, config: ActionConfig) -> Any:
     if model.config.is_encoder_decoder:
         raise VLAActionsError(f"{type(model).__name__} is an encoder-decoder; policies here are decoders")
     if model.config.model_type == OPENVLA_TYPE:
+        if head is not None or config.head is not None:
+            raise VLAActionsError("an OpenVLA model has heads of its own: see OFTOptions of models.openvla")
         native: Any = model
         return native.attach(processor, config)  # a policy by itself, with prompts of its own
     family = family_of(model.config)
@@ -55,20 +64,54 @@ def to_vla(model, processor, config: ActionConfig) -> Any:
             f"a {family.name} model needs its {'processor' if family.takes_images else 'tokenizer'}, got a "
             f"{type(processor).__name__}"
         )
+    config = _with_head(config, head)
+    if config.head is not None:
+        config = replace(config, head=config.head.fitted(**sizes_of(model)))
     prompts = PromptBuilder(processor, config, family)
-    config.vocabulary.check(prompts.tokenizer)
+    if config.vocabulary is not None:
+        config.vocabulary.check(prompts.tokenizer)
     if prompts.tokenizer.pad_token is None:
         # The attention mask hides padding, so any token will do; without one there are no batches.
         prompts.tokenizer.pad_token = prompts.tokenizer.eos_token
         logger.warning("the tokenizer has no pad token; its end-of-sequence token is used")
-    warn_of_words(config.vocabulary, prompts.tokenizer)
-    grow_embeddings(model, config.vocabulary, len(prompts.tokenizer))
-    model.generation_config = _neutral_generation(model.generation_config, config.vocabulary)
-    if not isinstance(model, ActionPredictionMixin):
-        model.__class__ = _policy_class(type(model))  # type: ignore[arg-type]
+    if config.vocabulary is not None:
+        warn_of_words(config.vocabulary, prompts.tokenizer)
+        grow_embeddings(model, config.vocabulary, len(prompts.tokenizer))
+        model.generation_config = _neutral_generation(model.generation_config, config.vocabulary)
+    native_class = type(model).__mro__[2] if isinstance(model, ActionPredictionMixin) else type(model)
+    model.__class__ = _policy_class(native_class, config.head is not None)  # type: ignore[arg-type]
     policy: Any = model
     policy.action_config, policy.processor, policy.prompts = config, processor, prompts
+    if config.head is not None:
+        _attach(policy, config.head, head)
     return policy
+
+
+def _with_head(config: ActionConfig, head: HeadConfig | ActionHead | None) -> ActionConfig:
+    """The config with the head that was asked for."""
+    wanted = head.config if isinstance(head, ActionHead) else head
+    if wanted is None or wanted == config.head:
+        return config
+    if not isinstance(wanted, HeadConfig):
+        raise VLAActionsError(f"head is a HeadConfig or an ActionHead, got {type(head).__name__}")
+    if config.head is not None:
+        raise VLAActionsError(f"the config has another head already: {config.head}")
+    return replace(config, head=wanted)
+
+
+def _attach(policy, config: HeadConfig, head: HeadConfig | ActionHead | None) -> None:
+    """Put the head into the model, on its device."""
+    width = policy.get_input_embeddings().weight.shape[1]
+    if isinstance(head, ActionHead):
+        if head.width != width:
+            raise VLAActionsError(
+                f"the head was made for hidden states of {head.width} numbers, the model's have {width}"
+            )
+        policy.action_head = head.to(policy.device)
+    else:
+        with torch.device(policy.device):
+            policy.action_head = config.build(width)
+    policy.action_head.train(policy.training)
 
 
 def warn_of_words(vocabulary: ActionVocabulary, tokenizer) -> None:
@@ -112,11 +155,14 @@ def _neutral_generation(old: GenerationConfig, vocabulary: ActionVocabulary) -> 
 
 
 @functools.cache
-def _policy_class(native: type) -> type:
+def _policy_class(native: type, continuous: bool) -> type:
     """A subclass that Transformers takes for the native class.
 
     Weight conversions, `architectures` and the loss are looked up by the class's name and module. A subclass of
     another name loses them silently: weights are then loaded at random and saved under other keys.
     """
     names = {"__module__": native.__module__, "__qualname__": native.__qualname__, "__doc__": native.__doc__}
-    return type(native.__name__, (ActionPredictionMixin, native), names)
+    if not continuous:
+        return type(native.__name__, (ActionPredictionMixin, native), names)
+    names |= {"forward": forward_of(native), "native_forward": native.forward}  # type: ignore[attr-defined]
+    return type(native.__name__, (HeadPolicyMixin, native), names)

@@ -38,17 +38,19 @@ def add_lora(policy, args: LoraArguments) -> Any:
     """
     from peft import LoraConfig, get_peft_model
 
-    ids = policy.action_config.vocabulary.token_ids.reshape(-1).tolist()
+    vocabulary, head = policy.action_config.vocabulary, policy.action_config.head
+    ids = None if vocabulary is None else vocabulary.token_ids.reshape(-1).tolist()
     embeddings = (policy.get_input_embeddings(), policy.get_output_embeddings())
     vision = family_of(policy.config).vision_modules
-    rows = {_name_of(policy, layer): ids for layer in embeddings} if args.lora_action_rows else None
+    rows = {_name_of(policy, layer): ids for layer in embeddings} if ids and args.lora_action_rows else None
     twice = sorted(set(rows or ()) & set(args.lora_target_modules or ()))
     if twice:
         raise TrainingError(
             f"{twice} would get an adapter and have the rows of the action tokens trained too: pass --lora_action_rows "
             "false, or leave them out of --lora_target_modules"
         )
-    exclude = rf"(.*\.)?({'|'.join(vision)})(\..*)?" if vision and not args.lora_vision else None
+    left_out = [*([] if args.lora_vision else vision), *([] if head is None else ["action_head"])]
+    exclude = rf"(.*\.)?({'|'.join(left_out)})(\..*)?" if left_out else None
     try:
         config = LoraConfig(
             r=args.lora_r,
@@ -62,9 +64,14 @@ def add_lora(policy, args: LoraArguments) -> Any:
             use_dora=args.lora_dora,
         )
         base = BaseFingerprint.of(policy)
-        return save_whole_adapter(get_peft_model(policy, config), base)
+        model = get_peft_model(policy, config)
     except ValueError as error:
         raise TrainingError(f"no LoRA adapter can be made: {error}") from None
+    if head is not None:
+        policy.action_head.requires_grad_(
+            True
+        )  # it begins at random: all of it is trained, and saved beside the adapter
+    return save_whole_adapter(model, base)
 
 
 def quantization_of(args: LoraArguments, compute_dtype: torch.dtype = torch.float32) -> BitsAndBytesConfig | None:
