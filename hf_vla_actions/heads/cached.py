@@ -13,6 +13,7 @@ from hf_vla_actions.heads.layers import (
     ChunkTokens,
     Modulation,
     TimeEmbedding,
+    blank,
     check_transformer,
     join_heads,
     perceptron,
@@ -184,7 +185,7 @@ class CachedTransformer(nn.Module):
             HeadError: a cache of other sizes.
         """
         self.size.check(features)
-        cache = features.cache or ()
+        cache = [[blank(part, features.mask) for part in layer] for layer in features.cache or ()]
         when = self.time(time)
         tokens = self.chunk(noisy, features.proprio)
         positions = after_prompt(features)[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
@@ -193,7 +194,8 @@ class CachedTransformer(nn.Module):
         if features.mask is not None:
             mask = F.pad(features.mask, (0, tokens.shape[1]), value=True)[:, None, None, :]
         for number, block in enumerate(self.blocks):
-            tokens = block(tokens, when, turn, cache[self.size.layer_for(number, len(self.blocks))], mask)
+            keys, values = cache[self.size.layer_for(number, len(self.blocks))]
+            tokens = block(tokens, when, turn, (keys, values), mask)
         return self.chunk.read(tokens, when)
 
 

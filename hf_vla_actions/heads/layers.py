@@ -192,7 +192,7 @@ class ChunkTransformer(nn.Module):
             (batch, horizon, dof).
         """
         when = self.time(time)
-        memory = self.memory(features.hidden)
+        memory = self.memory(blank(features.hidden, features.mask))
         tokens = self.chunk(noisy, features.proprio)
         for block in self.blocks:
             tokens = block(tokens, when, memory, features.mask)
@@ -212,6 +212,17 @@ def perceptron(width: int, factor: int = 4) -> nn.Sequential:
     return nn.Sequential(
         nn.Linear(width, factor * width), nn.GELU(approximate="tanh"), nn.Linear(factor * width, width)
     )
+
+
+def blank(hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Hidden states (batch, ..., length, width) with zeros at padding, where some models leave NaN.
+
+    Nothing attends there, but NaN times zero would still be NaN.
+    """
+    if mask is None:
+        return hidden
+    between = (slice(None),) + (None,) * (hidden.ndim - 3)
+    return torch.where(mask[(*between, ..., None)], hidden, 0.0)
 
 
 def split_heads(tokens: torch.Tensor, n_heads: int) -> torch.Tensor:

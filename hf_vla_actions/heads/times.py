@@ -10,6 +10,7 @@ from __future__ import annotations
 import abc
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -126,7 +127,8 @@ class Gr00tTimes(FlowTimes):
 
     def told(self, time: torch.Tensor) -> torch.Tensor:
         """See `FlowTimes.told`: cut, not rounded, to thousandths."""
-        return (time * self.buckets).trunc() / self.buckets
+        # 0.57 * 1000 is a little less than 570 in floating point, and belongs to 570.
+        return (time * self.buckets + 1e-3).trunc() / self.buckets
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,7 @@ class DiffusionTimes(Times):
     alpha_bars: tuple[float, ...]
 
     def __post_init__(self):
-        falling = all(a > b for a, b in zip(self.alpha_bars, self.alpha_bars[1:], strict=False))
+        falling = all(a > b for a, b in pairwise(self.alpha_bars))
         if not self.alpha_bars or not falling or not (self.alpha_bars[0] <= 1 and self.alpha_bars[-1] >= 0):
             raise HeadError(f"alpha_bars fall from at most 1 to at least 0, got {self.alpha_bars}")
 
