@@ -113,9 +113,8 @@ def _cache(out, length: int) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
 
 def _next_position(policy, mask: torch.Tensor) -> torch.Tensor:
     """(batch,) position that the model would give to a token behind the prompt."""
-    if not policy.prompts.family.own_positions:
-        return mask.sum(dim=1)
-    return mask.shape[1] + _backbone(policy).rope_deltas.reshape(-1)  # as it goes on when it generates
+    real = mask.sum(dim=1)
+    return real + _backbone(policy).rope_deltas.reshape(-1) if policy.prompts.family.own_positions else real
 
 
 def _use_cache(policy, head: ActionHead) -> bool:
