@@ -146,6 +146,9 @@ class OfGaussian(nn.Module):
         self.times, self.mean, self.deviation = times, mean, deviation
         self.weight = nn.Parameter(torch.zeros(1, dtype=torch.float64))
 
+    def prepare(self, features):
+        return features
+
     def forward(self, noisy, time, features):
         share = self.times.share(time)[:, None, None]
         variance = (1 - share) ** 2 + (share * self.deviation) ** 2

@@ -54,7 +54,7 @@ class Features:
     def detach(self) -> Features:
         """The same numbers, through which no gradient reaches the vision-language model (knowledge insulation)."""
         cache = self.cache and tuple((keys.detach(), values.detach()) for keys, values in self.cache)
-        rest = {
+        rest: dict[str, Any] = {
             f.name: None if getattr(self, f.name) is None else getattr(self, f.name).detach()
             for f in fields(self)
             if f.name != "cache"
@@ -105,7 +105,8 @@ class HeadConfig(abc.ABC):
         missing = [f.name for f in fields(cls) if f.default is MISSING and f.name not in values]
         if missing:
             raise HeadError(f"a {cls.kind!r} head needs {missing}")
-        return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+        options: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+        return cls(**options)
 
 
 class ActionHead(nn.Module, abc.ABC):

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from hf_vla_actions.heads.base import Features, HeadError, check_whole
 from hf_vla_actions.heads.layers import (
     ChunkTokens,
+    Memory,
     Modulation,
     TimeEmbedding,
     blank,
@@ -170,13 +171,34 @@ class CachedTransformer(nn.Module):
         self.time = TimeEmbedding(width)
         self.blocks = nn.ModuleList(JointBlock(width, n_heads, size) for _ in range(depth))
 
-    def forward(self, noisy: torch.Tensor, time: torch.Tensor, features: Features) -> torch.Tensor:
+    def prepare(self, features: Features) -> Memory:
+        """What `forward` needs of features, for many calls of it.
+
+        Args:
+            features: `cache` with its `mask`, and `proprio` where the head reads one.
+
+        Raises:
+            HeadError: a cache of other sizes.
+        """
+        self.size.check(features)
+        n_tokens, depth = self.chunk.n_tokens, len(self.blocks)
+        positions = after_prompt(features)[:, None] + torch.arange(n_tokens, device=features.hidden.device)
+        turn = rotary(positions, self.size.head_dim, self.rope_theta, features.hidden.dtype)
+        cache = features.cache or ()
+        chosen = [cache[self.size.layer_for(block, depth)] for block in range(depth)]
+        layers = tuple((blank(keys, features.mask), blank(values, features.mask)) for keys, values in chosen)
+        mask = None
+        if features.mask is not None:
+            mask = F.pad(features.mask, (0, n_tokens), value=True)[:, None, None, :]
+        return Memory(layers, mask, features.proprio, turn)
+
+    def forward(self, noisy: torch.Tensor, time: torch.Tensor, seen: Features | Memory) -> torch.Tensor:
         """Denoise.
 
         Args:
             noisy: (batch, horizon, dof).
             time: (batch,) between 0 and 1.
-            features: `cache` with its `mask`, and `proprio` where the head reads one.
+            seen: features, or what `prepare` made of them.
 
         Returns:
             (batch, horizon, dof).
@@ -184,18 +206,11 @@ class CachedTransformer(nn.Module):
         Raises:
             HeadError: a cache of other sizes.
         """
-        self.size.check(features)
-        cache = [[blank(part, features.mask) for part in layer] for layer in features.cache or ()]
+        memory = self.prepare(seen) if isinstance(seen, Features) else seen
         when = self.time(time)
-        tokens = self.chunk(noisy, features.proprio)
-        positions = after_prompt(features)[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
-        turn = rotary(positions, self.size.head_dim, self.rope_theta, tokens.dtype)
-        mask = None
-        if features.mask is not None:
-            mask = F.pad(features.mask, (0, tokens.shape[1]), value=True)[:, None, None, :]
-        for number, block in enumerate(self.blocks):
-            keys, values = cache[self.size.layer_for(number, len(self.blocks))]
-            tokens = block(tokens, when, turn, (keys, values), mask)
+        tokens = self.chunk(noisy, memory.proprio)
+        for block, keys_values in zip(self.blocks, memory.layers, strict=True):
+            tokens = block(tokens, when, memory.turn, keys_values, memory.mask)
         return self.chunk.read(tokens, when)
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
-from torch import nn
 
 from hf_vla_actions.heads.base import ActionHead, Features, HeadConfig, HeadError, check_number, check_whole
 from hf_vla_actions.heads.cached import CachedTransformer, CacheSize
 from hf_vla_actions.heads.guidance import Guidance
-from hf_vla_actions.heads.layers import ChunkTransformer, check_transformer
+from hf_vla_actions.heads.layers import ChunkTransformer, Memory, check_transformer
 from hf_vla_actions.heads.noise import normal, uniform
 from hf_vla_actions.heads.times import FLOW_TIMES, beta_quantile, check_beta
 
@@ -110,7 +110,7 @@ class FlowMatchingHead(ActionHead):
     def __init__(self, config: FlowMatchingConfig, width: int):
         super().__init__(config, width)
         self.times = FLOW_TIMES[config.time]
-        common = {
+        common: dict[str, Any] = {
             "horizon": config.horizon,
             "dof": config.dof,
             "width": config.width,
@@ -118,7 +118,7 @@ class FlowMatchingHead(ActionHead):
             "n_heads": config.n_heads,
             "proprio_dim": config.proprio_dim,
         }
-        self.network: nn.Module
+        self.network: ChunkTransformer | CachedTransformer
         if config.attend == "hidden":
             self.network = ChunkTransformer(**common, features_width=width)
         else:
@@ -155,33 +155,34 @@ class FlowMatchingHead(ActionHead):
         if noise is None:
             shape = (len(features), self.config.horizon, self.config.dof)
             noise = normal(shape, features.hidden, generator)
+        memory = self.network.prepare(features)
         noisy = noise
         for step in range(n_steps):
             share, after = step / n_steps, (step + 1) / n_steps
             move = self.times.direction * (after - share)
             if guidance is not None and after == 1:
                 # A step along the velocity ends here too, but for rounding, which a hard limit would feel.
-                return guidance.guide(partial(self.estimate, features, share), noisy, share)
-            velocity = self._velocity(features, noisy, share, guidance)
+                return guidance.guide(partial(self.estimate, memory, share), noisy, share)
+            velocity = self._velocity(memory, noisy, share, guidance)
             if self.config.solver == "heun":
-                ahead = self._velocity(features, noisy + move * velocity, after, guidance)
+                ahead = self._velocity(memory, noisy + move * velocity, after, guidance)
                 velocity = (velocity + ahead) / 2
             noisy = noisy + move * velocity
         return noisy
 
-    def velocity(self, features: Features, share: float, noisy: torch.Tensor) -> torch.Tensor:
+    def velocity(self, seen: Features | Memory, share: float, noisy: torch.Tensor) -> torch.Tensor:
         """Velocity (batch, horizon, dof) by the head's own time, where `share` of the way is done."""
         time = self.times.time(torch.full((len(noisy),), share, dtype=noisy.dtype, device=noisy.device))
-        return self.network(noisy, self.times.told(time), features)
+        return self.network(noisy, self.times.told(time), seen)
 
-    def estimate(self, features: Features, share: float, noisy: torch.Tensor) -> torch.Tensor:
+    def estimate(self, seen: Features | Memory, share: float, noisy: torch.Tensor) -> torch.Tensor:
         """The finished chunk (batch, horizon, dof) that the head sees in a noisy one."""
-        return self.times.clean(noisy, self.velocity(features, share, noisy), share)
+        return self.times.clean(noisy, self.velocity(seen, share, noisy), share)
 
     def _velocity(
-        self, features: Features, noisy: torch.Tensor, share: float, guidance: Guidance | None
+        self, seen: Features | Memory, noisy: torch.Tensor, share: float, guidance: Guidance | None
     ) -> torch.Tensor:
         if guidance is None:
-            return self.velocity(features, share, noisy)
-        clean = guidance.guide(partial(self.estimate, features, share), noisy, share)
+            return self.velocity(seen, share, noisy)
+        clean = guidance.guide(partial(self.estimate, seen, share), noisy, share)
         return self.times.velocity_to(noisy, clean, share)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -24,7 +25,8 @@ class TimeEmbedding(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         self.n_periods = width // 2
-        self.perceptron = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+        self.first = nn.Linear(width, width)
+        self.second = nn.Linear(width, width)
 
     def forward(self, time: torch.Tensor) -> torch.Tensor:
         """From (batch,) times between 0 and 1 to (batch, width)."""
@@ -32,7 +34,7 @@ class TimeEmbedding(nn.Module):
         periods = torch.logspace(math.log10(4e-3), math.log10(4.0), self.n_periods, device=time.device)
         angles = 2 * math.pi * time.float()[:, None] / periods
         waves = torch.cat([angles.sin(), angles.cos()], dim=-1)
-        return self.perceptron(waves.to(self.perceptron[0].weight.dtype))
+        return self.second(F.silu(self.first(waves.to(self.first.weight.dtype))))
 
 
 class Modulation(nn.Module):
@@ -69,23 +71,30 @@ class Attention(nn.Module):
         self.to_key_value = nn.Linear(width, 2 * width)
         self.out = nn.Linear(width, width)
 
+    def keys_values(self, memory: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values (batch, n_heads, length, head_dim) of (batch, length, width)."""
+        keys, values = self.to_key_value(memory).chunk(2, dim=-1)
+        return split_heads(keys, self.n_heads), split_heads(values, self.n_heads)
+
     def forward(
-        self, tokens: torch.Tensor, memory: torch.Tensor | None = None, mask: torch.Tensor | None = None
+        self,
+        tokens: torch.Tensor,
+        keys_values: tuple[torch.Tensor, torch.Tensor] | None = None,
+        mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attend.
 
         Args:
             tokens: (batch, length, width).
-            memory: (batch, memory_length, width) what to attend to; None: the tokens themselves.
-            mask: (batch, memory_length) bool, True = may be seen; None: all may.
+            keys_values: of what to attend to; None: of the tokens themselves.
+            mask: (batch, 1, 1, memory_length) bool, True = may be seen; None: all may.
 
         Returns:
             (batch, length, width); zeros before the output layer where nothing may be seen.
         """
-        keys, values = self.to_key_value(tokens if memory is None else memory).chunk(2, dim=-1)
-        query, keys, values = (split_heads(x, self.n_heads) for x in (self.to_query(tokens), keys, values))
-        seen = None if mask is None else mask[:, None, None, :]
-        return self.out(join_heads(F.scaled_dot_product_attention(query, keys, values, attn_mask=seen)))
+        keys, values = self.keys_values(tokens) if keys_values is None else keys_values
+        query = split_heads(self.to_query(tokens), self.n_heads)
+        return self.out(join_heads(F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)))
 
 
 class Block(nn.Module):
@@ -99,13 +108,17 @@ class Block(nn.Module):
         self.perceptron = perceptron(width)
 
     def forward(
-        self, tokens: torch.Tensor, when: torch.Tensor, memory: torch.Tensor, mask: torch.Tensor | None
+        self,
+        tokens: torch.Tensor,
+        when: torch.Tensor,
+        keys_values: tuple[torch.Tensor, torch.Tensor],
+        mask: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Tokens (batch, length, width), the embedding of the time, the memory and its mask; tokens again."""
+        """Tokens (batch, length, width), the embedding of the time, the memory's and its mask; tokens again."""
         modulated, gate = self.modulations[0](tokens, when)
         tokens = tokens + gate * self.self_attention(modulated)
         modulated, gate = self.modulations[1](tokens, when)
-        tokens = tokens + gate * self.cross_attention(modulated, memory, mask)
+        tokens = tokens + gate * self.cross_attention(modulated, keys_values, mask)
         modulated, gate = self.modulations[2](tokens, when)
         return tokens + gate * self.perceptron(modulated)
 
@@ -131,8 +144,13 @@ class ChunkTokens(nn.Module):
         nn.init.zeros_(self.readout.weight)
         nn.init.zeros_(self.readout.bias)
 
+    @property
+    def n_tokens(self) -> int:
+        """Of a chunk, with that of the robot's state."""
+        return self.horizon + (self.proprio is not None)
+
     def forward(self, noisy: torch.Tensor, proprio: torch.Tensor | None) -> torch.Tensor:
-        """From (batch, horizon, dof) to (batch, horizon or one more, width)."""
+        """From (batch, horizon, dof) to (batch, n_tokens, width)."""
         tokens = self.embed(noisy) + self.positions
         if self.proprio is None:
             return tokens
@@ -141,6 +159,23 @@ class ChunkTokens(nn.Module):
     def read(self, tokens: torch.Tensor, when: torch.Tensor) -> torch.Tensor:
         """From tokens back to (batch, horizon, dof)."""
         return self.readout(self.norm(tokens[:, -self.horizon :], when)[0])
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a denoiser makes of features, once for all steps of a chunk.
+
+    Args:
+        layers: keys and values of each block, (batch, kv_heads, length, head_dim).
+        mask: (batch, 1, 1, length) bool, True = may be seen; None: all may.
+        proprio: as in the features.
+        turn: cosines and sines of the tokens' rotary positions, for a denoiser that has them.
+    """
+
+    layers: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+    mask: torch.Tensor | None
+    proprio: torch.Tensor | None
+    turn: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 class ChunkTransformer(nn.Module):
@@ -180,22 +215,33 @@ class ChunkTransformer(nn.Module):
         self.memory = nn.Sequential(nn.LayerNorm(features_width), nn.Linear(features_width, width))
         self.blocks = nn.ModuleList(Block(width, n_heads) for _ in range(depth))
 
-    def forward(self, noisy: torch.Tensor, time: torch.Tensor, features: Features) -> torch.Tensor:
+    def prepare(self, features: Features) -> Memory:
+        """What `forward` needs of features, for many calls of it.
+
+        Args:
+            features: `hidden` with its `mask`, and `proprio` where the head reads one.
+        """
+        memory = self.memory(blank(features.hidden, features.mask))
+        layers = tuple(block.cross_attention.keys_values(memory) for block in self.blocks)  # type: ignore[union-attr, operator]
+        mask = None if features.mask is None else features.mask[:, None, None, :]
+        return Memory(layers, mask, features.proprio)
+
+    def forward(self, noisy: torch.Tensor, time: torch.Tensor, seen: Features | Memory) -> torch.Tensor:
         """Denoise.
 
         Args:
             noisy: (batch, horizon, dof).
             time: (batch,) between 0 and 1.
-            features: `hidden` with its `mask`, and `proprio` where the head reads one.
+            seen: features, or what `prepare` made of them.
 
         Returns:
             (batch, horizon, dof).
         """
+        memory = self.prepare(seen) if isinstance(seen, Features) else seen
         when = self.time(time)
-        memory = self.memory(blank(features.hidden, features.mask))
-        tokens = self.chunk(noisy, features.proprio)
-        for block in self.blocks:
-            tokens = block(tokens, when, memory, features.mask)
+        tokens = self.chunk(noisy, memory.proprio)
+        for block, keys_values in zip(self.blocks, memory.layers, strict=True):
+            tokens = block(tokens, when, keys_values, memory.mask)
         return self.chunk.read(tokens, when)
 
 
@@ -221,8 +267,7 @@ def blank(hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """
     if mask is None:
         return hidden
-    between = (slice(None),) + (None,) * (hidden.ndim - 3)
-    return torch.where(mask[(*between, ..., None)], hidden, 0.0)
+    return torch.where(mask.view(len(mask), *[1] * (hidden.ndim - 3), -1, 1), hidden, 0.0)
 
 
 def split_heads(tokens: torch.Tensor, n_heads: int) -> torch.Tensor:
