@@ -21,7 +21,7 @@ from hf_vla_actions import ActionConfig, ActionVocabulary, FASTActionTokenizer, 
 from hf_vla_actions.cli import main as hf_vla
 from hf_vla_actions.demo.tiny_vlm import build_vlm
 from hf_vla_actions.errors import CheckpointError, HubError
-from hf_vla_actions.hub import push
+from hf_vla_actions.hub import push, write_card
 from hf_vla_actions.hub.upload import Upload
 from hf_vla_actions.models.shim import FILE_NAME as SHIM_FILE
 from hf_vla_actions.train import LoraArguments, add_lora
@@ -291,6 +291,16 @@ def test_metrics_of_the_training_go_along(hub, tmp_path):
     assert card.data.license == "mit"
     assert card.data.eval_results[0].metric_value == 0.5
     assert "- recipe: openvla-lora" in card.text
+
+
+def test_what_was_said_to_the_card_is_published_unless_something_else_is_said(hub, folder):
+    write_card(folder, license="mit", datasets=["lab/demonstrations"], base_model="lab/base")
+    push(folder, "lab/policy")
+    card = ModelCard(hub.files("lab/policy")["README.md"].decode()).data
+    assert (card.license, card.datasets, card.base_model) == ("mit", ["lab/demonstrations"], "lab/base")
+    push(folder, "lab/policy", license="apache-2.0", datasets=[])
+    card = ModelCard(hub.files("lab/policy")["README.md"].decode()).data
+    assert (card.license, card.datasets, card.model_name) == ("apache-2.0", ["lab/demonstrations"], "policy")
 
 
 def damage(folder, what):

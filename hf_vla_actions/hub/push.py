@@ -17,7 +17,7 @@ from transformers import CONFIG_MAPPING
 
 from hf_vla_actions.config import ActionConfig
 from hf_vla_actions.errors import CheckpointError, HubError, one_line_errors
-from hf_vla_actions.hub.card import PIPELINE_TAG, is_generated, make_card
+from hf_vla_actions.hub.card import MARKED, PIPELINE_TAG, is_generated, make_card
 from hf_vla_actions.hub.files import CARD_FILE, choose_files, local_paths
 from hf_vla_actions.hub.inspect import ADAPTER_FILE, CONFIG_FILE, inspect_checkpoint
 from hf_vla_actions.hub.report import Report
@@ -285,8 +285,18 @@ def _card(
     if not wanted:
         uploaded.pop(CARD_FILE, None)
         return "none"
+    said = {} if text is None else _said_before(text)
+    facts = {**said, **{name: value for name, value in facts.items() if value}}
     uploaded[CARD_FILE] = make_card(folder, repo_id=repo_id, **facts).encode()
     return f"{CARD_FILE} written from what the folder says (hf-vla card shows it)"
+
+
+def _said_before(text: str) -> dict[str, Any]:
+    """What somebody told `hf-vla card`, which the folder itself does not know: it holds unless something else is said."""
+    if MARKED.search(text) is None:
+        return {}
+    head = ModelCard(text).data.to_dict()
+    return {name: head[name] for name in ("license", "base_model", "datasets") if head.get(name)}
 
 
 def _missing(file: Path, text: str) -> list[str]:
