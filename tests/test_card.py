@@ -150,6 +150,14 @@ def test_metrics_and_recipe_are_those_of_the_files(folder, tmp_path):
     assert ModelCard(make_card(folder)).data.eval_results is None
 
 
+def test_counts_stand_in_the_table_and_are_no_results(folder):
+    metrics = {"gripper_opening_events": 3.0, "gripper_opening_predicted": 2.0, "gripper_opening_recall": 0.5}
+    (folder / "action_metrics.json").write_text(json.dumps({f"eval_{name}": v for name, v in metrics.items()}))
+    text = make_card(folder)
+    assert [result.metric_type for result in ModelCard(text).data.eval_results] == ["gripper_opening_recall"]
+    assert set(metrics) == {row[0] for row in table_of(text, "## Evaluation")[1]}
+
+
 def test_cards_are_valid_and_survive_a_round_trip(folder, tmp_path, monkeypatch):
     (folder / "action_metrics.json").write_text(json.dumps(METRICS))
     text = make_card(folder, repo_id="lab/policy", license="mit", base_model="lab/vlm", datasets=["lab/a", "lab/b"])

@@ -25,6 +25,7 @@ from hf_vla_actions.tokenizers import FASTActionTokenizer, UniformActionTokenize
 PIPELINE_TAG = "robotics"
 TAGS = ("vision-language-action", "hf_vla_actions")
 FIGURE_FILE = "action_ranges.png"
+COUNTS = ("_events", "_predicted")  # metrics that say how often something was there, not how well it was done
 # The title that PEFT's template of a card has until somebody writes one.
 PLACEHOLDER = "# Model Card for Model ID"
 MARK = "<!-- written by hf_vla_actions; edit it, and it is yours: {digest} -->\n"
@@ -191,6 +192,7 @@ def _results(facts: Facts, datasets: list[str]) -> list[EvalResult]:
         )
         for name, value in facts.metrics.items()
         if name.startswith(HELD_OUT)
+        if not name.endswith(COUNTS)
         if "/" not in name and card_text.unit_of(facts, name.removeprefix(HELD_OUT)) != "mixed units"
     ]
 
