@@ -32,7 +32,7 @@ class DiffusionConfig(HeadConfig):
         steps: of denoising, at most as many, when a call names no other number.
         sampler: "ddim" (no chance but the noise it starts from) or "ddpm" (fresh noise at each step).
         clip: sampling stays within [-clip, clip], so it reaches no value beyond, even if the data has some; None: no
-            bounds.
+            bounds, with which a guidance that goes back through the network may blow up.
         clips: what is kept within them: "clean" (each estimate of the finished chunk, as diffusers) or "noisy" (each
             noisy chunk, as Octo).
         variance: of the fresh noise of "ddpm": "small" (diffusers' default) or "large" (Octo's).
@@ -96,6 +96,11 @@ class DiffusionHead(ActionHead):
             proprio_dim=config.proprio_dim,
         )
 
+    @property
+    def takes_guidance(self) -> bool:
+        """See `ActionHead.takes_guidance`."""
+        return True
+
     def errors(
         self, features: Features, actions: torch.Tensor, *, generator: torch.Generator | None = None
     ) -> torch.Tensor:
@@ -135,6 +140,9 @@ class DiffusionHead(ActionHead):
                 clean = self._guided(features, schedule, timestep, noisy, guidance)
                 if timestep == 0:
                     return clean
+                if guidance.uses_gradient and schedule.clip is not None:
+                    # Where nearly all is noise, the way back through the network multiplies by a hundred.
+                    clean = clean.clamp(-schedule.clip, schedule.clip)
                 predicted = schedule.noise_from_clean(clean, timestep, noisy)
             is_chance = self.config.sampler == "ddpm" and timestep > 0
             fresh = normal(shape, noisy, generator) if is_chance else None
