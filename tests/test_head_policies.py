@@ -19,6 +19,7 @@ from hf_vla_actions.heads import (
 )
 from hf_vla_actions.models import save_adapter
 from hf_vla_actions.models.head_files import HEAD_FILE
+from hf_vla_actions.runtime import Overlap, RealTimeChunking
 from hf_vla_actions.train.arguments import LoraArguments
 from hf_vla_actions.train.lora import add_lora
 
@@ -305,6 +306,31 @@ def test_a_head_with_a_history_remembers_within_an_episode_only():
     np.testing.assert_allclose(policy.action_config.unnormalize(normalized)[1][0, 0], first[3], atol=1e-5)
     with pytest.raises(VLAActionsError, match="execute_steps=1"):
         policy.policy(execute_steps=2)
+
+
+@pytest.mark.parametrize("kind", ["flow", "regression"])
+def test_chunks_go_on_from_each_other_in_real_time(kind):
+    config = (
+        FlowMatchingConfig(8, 7, width=16, depth=1, n_heads=2, steps=6) if kind == "flow" else RegressionConfig(8, 7)
+    )
+    policy = make(head=config)
+    obs = {"images": picture(0), "instruction": LONG}
+    torch.manual_seed(0)
+    plain = policy.policy(execute_steps=3)
+    first = plain.predict_chunk(obs)
+    left = Overlap.of(first[3:], 2)
+    torch.manual_seed(1)
+    alone = plain.predict_chunk(obs)
+    torch.manual_seed(1)
+    going_on = plain.predict_chunk(obs, prefix=left)
+    np.testing.assert_allclose(going_on[:2], first[3:5], atol=1e-9)
+    if kind == "flow":  # the soft part is drawn to the old plan, most where the weight is largest
+        gap, free_gap = (np.abs(chunk[2:4, :3] - first[5:7, :3]).mean() for chunk in (going_on, alone))
+        assert gap < 0.8 * free_gap
+    robot = RealTimeChunking(policy.policy(), execute_steps=3, delay_steps=2)
+    actions = np.array([robot(obs) for _ in range(9)])
+    assert np.isfinite(actions).all()
+    assert len(robot.executed) == 9
 
 
 def test_z_scores_are_for_heads():

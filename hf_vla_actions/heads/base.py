@@ -135,6 +135,11 @@ class ActionHead(nn.Module, abc.ABC):
         return False
 
     @property
+    def takes_guidance(self) -> bool:
+        """Whether it makes a chunk step by step, so that it can be guided on the way."""
+        return False
+
+    @property
     def window(self) -> int:
         """Steps that it sees at once, the present one among them."""
         return 1

@@ -129,6 +129,11 @@ class FlowMatchingHead(ActionHead):
         """See `ActionHead.needs_cache`."""
         return self.config.attend == "cache"
 
+    @property
+    def takes_guidance(self) -> bool:
+        """See `ActionHead.takes_guidance`."""
+        return True
+
     def errors(
         self, features: Features, actions: torch.Tensor, *, generator: torch.Generator | None = None
     ) -> torch.Tensor:

@@ -15,17 +15,19 @@ import torch
 from transformers.utils import ModelOutput
 
 from hf_vla_actions.constraints import BoundConstraints, Context, bind
-from hf_vla_actions.errors import SelfTestError, VLAActionsError
+from hf_vla_actions.errors import VLAActionsError
 from hf_vla_actions.heads import ActionHead, Features, Guidance
-from hf_vla_actions.heads.guidance import Repaint
-from hf_vla_actions.heads.transfusion import IGNORED, transfusion_loss
-from hf_vla_actions.models.checks import NOISE_FACTOR, RELATIVE_CHANGE, SENTENCE, SENTENCES, SIZE
-from hf_vla_actions.models.features import features_of
+from hf_vla_actions.heads.guidance import Chain, Repaint, SoftPrefix
+from hf_vla_actions.heads.transfusion import transfusion_loss
+from hf_vla_actions.models.checks import SENTENCE, SENTENCES
+from hf_vla_actions.models.features import features_of, unsaid
 from hf_vla_actions.models.generation import check_style
+from hf_vla_actions.models.head_checks import head_reads_instruction, head_sees_image
 from hf_vla_actions.models.head_files import save_head, split_state
 from hf_vla_actions.models.memory import Memory
 from hf_vla_actions.models.mixin import ActionPredictionMixin
 from hf_vla_actions.models.output import ActionOutput, commanded
+from hf_vla_actions.runtime import Overlap
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +82,11 @@ class HeadPolicyMixin(ActionPredictionMixin):
             raise VLAActionsError(
                 f"proprio has finite numbers of shape (numbers,) or ({rows}, numbers), got shape {np.shape(proprio)}"
             )
-        return {**super().prepare(images, instruction), "proprio": torch.from_numpy(state)}
+        return {**self.prepare_prompts(images, instruction), "proprio": torch.from_numpy(state)}
+
+    def prepare_prompts(self, images, instruction) -> dict[str, Any]:
+        """As `prepare`, without the robot's state."""
+        return super().prepare(images, instruction)
 
     def features(
         self,
@@ -157,8 +163,7 @@ class HeadPolicyMixin(ActionPredictionMixin):
         given = inputs if labels is None else {**inputs, "labels": labels}
         features, said = self._features(given, normalized_proprio, None, past_mask)
         if labels is not None:
-            # When the policy acts, nothing has been said yet.
-            features = replace(features, mask=features.mask & (labels == IGNORED))  # type: ignore[operator]
+            features = unsaid(features, labels)
         features = features.detach() if insulate else features
         action = self.action_head.loss(features, normalized, action_pad_mask, n_items=n_items)
         if labels is None:
@@ -182,7 +187,7 @@ class HeadPolicyMixin(ActionPredictionMixin):
         noise: torch.Tensor | None = None,
         generator: torch.Generator | None = None,
         num_steps: int | None = None,
-        guidance: Guidance | str | None = None,
+        guidance: Guidance | str | Sequence[Guidance | str] | None = None,
         memory: Memory | None = None,
         **inputs,
     ) -> np.ndarray | ActionOutput:
@@ -199,7 +204,7 @@ class HeadPolicyMixin(ActionPredictionMixin):
             generator: draws the noise.
             num_steps: steps of integration or denoising; None for those of the config.
             guidance: "constraints" keeps them at every step of a generative head already (the estimate of the finished
-                chunk is projected), so that less is moved afterwards; or a `heads.Guidance` of your own.
+                chunk is projected), so that less is moved afterwards; or a `heads.Guidance` of your own, or several in their order.
             memory: what a head with a history saw in the steps before; `policy()` keeps one. None: an episode begins.
             inputs: the rest of `prepare`'s result.
 
@@ -272,8 +277,12 @@ class HeadPolicyMixin(ActionPredictionMixin):
     def _guidance(self, guidance, bound: BoundConstraints, key: str, style: str) -> Guidance | None:
         if guidance is None or isinstance(guidance, Guidance):
             return guidance
+        if isinstance(guidance, (list, tuple)) and guidance:
+            return Chain(*(self._guidance(one, bound, key, style) for one in guidance))  # type: ignore[arg-type]
         if guidance != "constraints":
-            raise VLAActionsError(f"guidance is 'constraints', a heads.Guidance or None, got {guidance!r}")
+            raise VLAActionsError(
+                f"guidance is 'constraints', a heads.Guidance, a list of these or None, got {guidance!r}"
+            )
         config, dof = self.action_config, self.action_config.space(key).dof
 
         def into_the_allowed(clean: torch.Tensor) -> torch.Tensor:
@@ -282,6 +291,18 @@ class HeadPolicyMixin(ActionPredictionMixin):
             return torch.cat([moved[..., :dof], clean[..., dof:]], dim=-1)
 
         return Repaint(into_the_allowed)
+
+    def _continuing(self, prefix: Overlap | None, key: str, options: dict[str, Any]) -> dict[str, Any]:
+        """A generative head draws the steps that are not frozen to those of the last chunk as well."""
+        if prefix is None or not self.action_head.takes_guidance:
+            return options
+        config, n = self.action_config, len(prefix.actions)
+        whole = np.concatenate([prefix.actions, np.tile(prefix.actions[-1:], (config.horizon - n, 1))])
+        weights = torch.zeros(config.horizon)
+        weights[:n] = torch.from_numpy(prefix.weights)
+        target = torch.from_numpy(config.normalize(whole, key)).float()
+        asked = options.get("guidance")
+        return {**options, "guidance": [SoftPrefix(target, weights), *([] if asked is None else [asked])]}
 
     def _memory(self) -> Memory | None:
         window = self.action_head.window
@@ -300,9 +321,7 @@ class HeadPolicyMixin(ActionPredictionMixin):
         Returns:
             The smallest change of any pair of pictures.
         """
-        noise = np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
-        pictures = {"black": np.zeros_like(noise), "white": np.full_like(noise, 255), "noise": noise}
-        return self._smallest_change(list(pictures.values()), [instruction] * 3, list(pictures), "picture")
+        return head_sees_image(self, self.action_head, instruction)
 
     def check_reads_instruction(self, instructions: Sequence[str] = SENTENCES) -> float:
         """Raise SelfTestError unless different instructions change what the head is given.
@@ -313,36 +332,7 @@ class HeadPolicyMixin(ActionPredictionMixin):
         Returns:
             The smallest change of any pair of sentences.
         """
-        if len(set(instructions)) < 2:
-            raise VLAActionsError(f"two different instructions are needed, got {list(instructions)}")
-        noise = np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
-        names = [repr(sentence) for sentence in instructions]
-        return self._smallest_change([noise] * len(names), list(instructions), names, "instruction")
-
-    @torch.no_grad()
-    def _smallest_change(self, pictures: list, sentences: list[str], names: list[str], what: str) -> float:
-        """The smallest change of the features between two rows; the first row is there twice, to know rounding."""
-        images: Any = None
-        if self.prompts.family.takes_images:
-            views = max(len(self.action_config.cameras), 1)
-            images = [[picture] * views for picture in [*pictures, pictures[0]]]
-        inputs = ActionPredictionMixin.prepare(self, images, [*sentences, sentences[0]])
-        found, _ = features_of(self, self.action_head, inputs)
-        seen = found.hidden[:, -1] if found.slots is None else found.slots.flatten(1)
-        values = seen.float().cpu().numpy()
-        if not np.isfinite(values).all():
-            raise SelfTestError("what the head is given is not finite: weights are broken, or their dtype too narrow")
-        floor = np.abs(values[-1] - values[0]).max()
-        threshold = max(NOISE_FACTOR * floor, RELATIVE_CHANGE * np.abs(values).max())
-        pairs = [(np.abs(values[i] - values[j]).max(), i, j) for i in range(len(names)) for j in range(i)]
-        change, i, j = min(pairs)
-        if not change > threshold:
-            raise SelfTestError(
-                f"the {what} does not change what the head of this policy is given: {names[j]} and {names[i]} look the same "
-                f"to it (they differ by at most {change:.2g}, rounding explains {threshold:.2g}). Do not let it move a "
-                "robot; self_test=False loads it all the same"
-            )
-        return float(change)
+        return head_reads_instruction(self, self.action_head, instructions)
 
     def save_pretrained(
         self,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from hf_vla_actions.errors import VLAActionsError
 from hf_vla_actions.heads import ActionHead, Features
+from hf_vla_actions.heads.transfusion import IGNORED
 from hf_vla_actions.models.families import ModelFamily
 
 ROPE_THETA = 10000.0  # where a model does not say another
@@ -51,6 +53,18 @@ def features_of(policy, head: ActionHead, inputs: Mapping[str, Any]) -> tuple[Fe
     if not head.needs_cache:
         return Features(hidden[:, :length], mask.bool(), slots), said
     return Features(hidden, mask.bool(), slots, _cache(out, length), _next_position(policy, mask)), said
+
+
+def unsaid(features: Features, labels: torch.Tensor) -> Features:
+    """The features as they are when the policy acts: the words that labels ask for have not been said yet.
+
+    Args:
+        features: of prompts with words behind them.
+        labels: (batch, length) ids, -100 where none is asked for.
+    """
+    said = features.mask & (labels != IGNORED)  # type: ignore[operator]
+    position = None if features.next_position is None else features.next_position - said.sum(dim=1)
+    return replace(features, mask=features.mask & ~said, next_position=position)  # type: ignore[operator]
 
 
 def with_slots(inputs: Mapping[str, Any], n: int, family: ModelFamily) -> dict[str, Any]:

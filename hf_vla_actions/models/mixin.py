@@ -37,7 +37,7 @@ from hf_vla_actions.models.prompts import PromptBuilder
 from hf_vla_actions.models.push_up import push_up
 from hf_vla_actions.models.shim import remove_shim, shim_in_config, write_shim
 from hf_vla_actions.models.whole_chunks import predict_whole_chunks
-from hf_vla_actions.runtime import ChunkPolicy, remembered
+from hf_vla_actions.runtime import ChunkPolicy, Overlap, remembered
 
 
 class ActionPredictionMixin:
@@ -202,7 +202,8 @@ class ActionPredictionMixin:
             generate_options: passed on to `generate`.
 
         An observation is a mapping with "images" and "instruction", as for `prepare` (and "proprio" where the policy
-        reads it); other entries are for `constraints`.
+        reads it); other entries are for `constraints`. What it returns can be given to every executor of
+        `hf_vla_actions.runtime`, `RealTimeChunking` and `AsyncPolicy` among them.
         """
         key = self.action_config.resolve(unnorm_key)
         space = self.action_config.space(key)
@@ -215,7 +216,7 @@ class ActionPredictionMixin:
             )
         remembering = {} if memory is None else {"memory": memory}
 
-        def predict_chunk(obs: Mapping[str, Any]) -> np.ndarray | RetimedChunk:
+        def predict_chunk(obs: Mapping[str, Any], prefix: Overlap | None = None) -> np.ndarray | RetimedChunk:
             missing = [name for name in self._observed() if name not in obs]
             if missing:
                 raise VLAActionsError(f"an observation needs {missing}; it has {sorted(obs)}")
@@ -225,9 +226,12 @@ class ActionPredictionMixin:
                 runner.first_context = known
                 if memory is not None:
                     memory.clear()
+            if prefix is not None:  # what is carried out while this is predicted
+                wanted = [*([] if wanted is None else wanted), *prefix.constraints()]
             told = remembered(known, runner.executed, space, runner.first_context)
             inputs = self.prepare(*(obs[name] for name in self._observed()))
-            predict = partial(self.predict_action, **inputs, **remembering, unnorm_key=key, **generate_options)
+            options = self._continuing(prefix, key, {**generate_options, **remembering})
+            predict = partial(self.predict_action, **inputs, unnorm_key=key, **options)
             if style == "retime":
                 # Soft constraints act while decoding; the hard ones are for the longer chunk.
                 free: Any = predict(constraints=wanted, context=told, on_infeasible="nearest", return_dict=True)
@@ -250,6 +254,10 @@ class ActionPredictionMixin:
     def _memory(self) -> Memory | None:
         """What a policy remembers of the steps before; None where it needs nothing."""
         return None
+
+    def _continuing(self, prefix: Overlap | None, key: str, options: dict[str, Any]) -> dict[str, Any]:
+        """Options of `predict_action` for a chunk that goes on from another one; its frozen steps are constraints already."""
+        return options
 
     def _observed(self) -> tuple[str, ...]:
         """Entries of an observation that `prepare` is given, in its order."""
