@@ -41,7 +41,7 @@ def check_config(config: Any) -> None:
         # robot is can only be checked there.
         always = [limit for limit in config.limits if not limit.needs and limit.n_samples is None]
         values = config.token_values(key) if config.is_per_number else None
-        bind(None, space, values, config.horizon, limits=always, grid=values is not None)
+        bind(None, space, values, int(config.horizon), limits=always, grid=values is not None)
     _check_budget(config)
 
 
