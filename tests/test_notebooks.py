@@ -21,10 +21,15 @@ def test_notebook_runs(path, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.ipynb")), ids=lambda path: path.stem)
-def test_saved_output_names_no_folder_of_a_machine(path):
-    text = path.read_text()
-    assert "site-packages" not in text
-    assert "stderr" not in text
+def test_saved_output_is_whole_and_names_no_folder_of_a_machine(path):
+    notebook = nbformat.read(path, as_version=4)
+    assert notebook.cells[0].source.startswith(f"# {path.stem.split('-')[0]} ·")
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert any("image/png" in output.get("data", {}) for output in outputs)
+    for output in outputs:
+        assert output.output_type != "error"
+        assert output.get("name") != "stderr"
+        assert not re.search(r"site-packages|/tmp/|/home/|/root/", json.dumps(output.get("text", output.get("data"))))
 
 
 def test_what_the_notebook_shows_of_policies_is_what_was_measured():
