@@ -261,6 +261,32 @@ def test_what_is_masked_in_the_prompt_does_not_matter(config, garbage):
 
 
 @BOTH
+def test_a_prompt_with_padding_behind_it_is_the_prompt_alone(config):
+    head, features, noise = head_of(config), features_of(config), chunks_of(config)
+    mask = features.mask.clone()
+    mask[:, 4:] = False
+    short = Features(
+        features.hidden[:, :4],
+        cache=features.cache and tuple((keys[:, :, :4], values[:, :, :4]) for keys, values in features.cache),
+    )
+    padded = head.sample(dataclasses.replace(features, mask=mask), noise=noise)
+    torch.testing.assert_close(padded, head.sample(short, noise=noise))
+
+
+@BOTH
+def test_every_step_is_read_from_its_own_token(config):
+    """With the gates of the blocks still closed, a step depends on itself alone, beside a token of the state too."""
+    config = dataclasses.replace(config, proprio_dim=2)
+    head, features = config.build(5).double(), features_of(config, n=1)
+    torch.nn.init.normal_(head.network.chunk.readout.weight, generator=seeded())
+    jacobian = torch.autograd.functional.jacobian(
+        lambda noisy: head.velocity(features, 0.5, noisy), chunks_of(config, n=1)
+    )[0, :, :, 0].abs()
+    depends = jacobian.sum(dim=(1, 3)) > 1e-9
+    assert torch.equal(depends, torch.eye(4, dtype=torch.bool))
+
+
+@BOTH
 def test_a_prompt_without_a_real_token_still_gives_a_chunk(config):
     features = features_of(config)
     blank = dataclasses.replace(features, mask=torch.zeros_like(features.mask))
