@@ -9,7 +9,7 @@ from PIL import Image
 from test_train import write_dataset
 from tiny import picture, sharpen, tiny_llava
 
-from hf_vla_actions import constraints
+from hf_vla_actions import constraints, runtime
 from hf_vla_actions.actions.formats import FORMATS
 from hf_vla_actions.cli import main
 from hf_vla_actions.constraints.text import TYPES, parse_constraints
@@ -22,6 +22,7 @@ PAGE = ROOT / "docs/constraints.md"
 TEXT = PAGE.read_text()
 SPACES = ROOT / "docs/spaces.md"
 DATA = ROOT / "docs/data.md"
+RUNTIME = ROOT / "docs/runtime.md"
 
 
 def blocks(language):
@@ -70,15 +71,35 @@ def test_tables_leave_out_no_constraint_mode_or_field():
         assert f"`{field}`" in TEXT or field.startswith("std_"), field
 
 
-def test_page_of_spaces_runs_and_prints_what_it_says(capsys):
+def run_page(page, capsys):
+    """Run the Python blocks of a page; a ```text right after one has to be what it prints."""
     names = {}
-    for language, block in re.findall(r"```(python|text)\n(.*?)```", SPACES.read_text(), flags=re.DOTALL):
-        if language == "python":
-            capsys.readouterr()
-            exec(compile(block, "spaces.md", "exec"), names)
-        else:
-            assert capsys.readouterr().out == block
-    assert names["commands"].shape == (2, 8, 8)
+    for code, text in re.findall(r"```python\n(.*?)```\n(?:```text\n(.*?)```)?", page.read_text(), flags=re.DOTALL):
+        capsys.readouterr()
+        exec(compile(code, page.name, "exec"), names)
+        printed = capsys.readouterr().out
+        assert not text or printed == text
+    return names
+
+
+def test_page_of_spaces_runs_and_prints_what_it_says(capsys):
+    assert run_page(SPACES, capsys)["commands"].shape == (2, 8, 8)
+
+
+def test_page_of_executors_runs_and_prints_what_it_says(capsys):
+    names = run_page(RUNTIME, capsys)
+    assert names["policy"].report.late_steps == 2
+    for name in runtime.__all__:
+        if name not in (
+            "AsyncReport",
+            "ChunkPolicy",
+            "Policy",
+            "ThreadWorker",
+            "Worker",
+            "ensemble_weights",
+            "remembered",
+        ):
+            assert name in RUNTIME.read_text(), name
 
 
 def test_page_of_data_runs_commands_and_code_in_its_order(tmp_path, monkeypatch, capsys):
@@ -104,7 +125,7 @@ def test_page_of_data_leaves_out_no_format():
         assert f"`{name}`" in table or name == "lingbot", name
 
 
-@pytest.mark.parametrize("page", [PAGE, SPACES, DATA], ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [PAGE, SPACES, DATA, RUNTIME], ids=lambda page: page.stem)
 def test_links_exist(page):
     text = page.read_text()
     for target in re.findall(r"\]\(([^)]+)\)", text):

@@ -10,8 +10,9 @@ from hf_vla_actions.errors import ExecutionError
 class Ticks:
     """Counts control periods by the clock, not by calls: a loop that stalls finds itself later in the plan.
 
-    A call belongs to the nearest tick. One that comes early, but at least half a period after the last action, is the
-    next tick, and the ticks after it are counted from there; one that comes sooner belongs to none.
+    A call belongs to the nearest tick. If that one has been used, it is the next one, ahead of its time, so that a loop
+    that trembles loses nothing; but not by a whole period, and not within half a period of the last action: then it
+    belongs to none. Ticks stay where they are in time, however the calls come.
 
     Args:
         rate_hz: ticks a second.
@@ -50,11 +51,10 @@ class Ticks:
             return self.tick
         due = self._nearest(now)
         if due < 1:
-            if now - self._last < self.period / 2:
+            if now - self._last < self.period / 2 or now <= self._grid:
                 return None
-            due, self._grid = 1, now
-        else:
-            self._grid += due * self.period
+            due = 1
+        self._grid += due * self.period
         self.tick += due
         self.missed += due - 1
         self._last = now
