@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
-from hf_vla_actions.actions import ActionSpace
+from hf_vla_actions.actions import ActionSpace, ActionStats
 from hf_vla_actions.config import ActionConfig
 from hf_vla_actions.metrics import (
     action_metrics,
@@ -31,7 +33,17 @@ def grid_codes(config: ActionConfig, unnorm_key: str, actions: np.ndarray) -> np
     """
     own = config.tokenizer
     bins = own if isinstance(own, UniformActionTokenizer) else UniformActionTokenizer(BINS)
-    return np.asarray(bins.encode(config.stats(unnorm_key).normalize(actions))).reshape(np.shape(actions))
+    return np.asarray(bins.encode(_bounds(config.stats(unnorm_key)).normalize(actions))).reshape(np.shape(actions))
+
+
+def _bounds(stats: ActionStats) -> ActionStats:
+    """Statistics whose normalized space bins can cover: instead of a standard deviation the extremes, or two deviations."""
+    if stats.mode != "normal":
+        return stats
+    low, high = stats.min, stats.max
+    if low is None or high is None:
+        low, high = stats.mean - 2 * stats.std, stats.mean + 2 * stats.std  # type: ignore[operator]
+    return replace(stats, mode="bounds", min=low, max=high)
 
 
 def agreement(

@@ -23,6 +23,7 @@ from hf_vla_actions.train.arguments import (
     VLATrainingArguments,
 )
 from hf_vla_actions.train.config_file import ConfigFile, take_config, unknown_option
+from hf_vla_actions.train.head_arguments import check_head, check_no_head
 from hf_vla_actions.train.lora import quantized_loading
 from hf_vla_actions.train.overfit import overfit_one_batch
 from hf_vla_actions.train.parts import mixture_of, parts_of
@@ -31,7 +32,7 @@ from hf_vla_actions.train.recipes import Recipe, asked_recipe, log_differences
 from hf_vla_actions.train.record import FILE_NAME as TRAINING_FILE
 from hf_vla_actions.train.record import Steps, training_record
 from hf_vla_actions.train.run import fine_tune, model_of, prepare_output, write_json
-from hf_vla_actions.train.setup import chunk_datasets, load_policy, open_dataset
+from hf_vla_actions.train.setup import chunk_datasets, config_of, load_policy, open_dataset
 
 DESCRIPTION = """\
 Fine-tune a vision-language model into a robot policy on a dataset (LeRobot v2.0 to v3.0, or RLDS).
@@ -55,6 +56,10 @@ example, a mixture of datasets, 70 % of the samples from the first:
 example, two processes on CPU:
   ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no \\
     --dynamo_backend no -m hf_vla_actions.train --model_name_or_path ./tiny --dataset ./my_robot --output_dir ./policy
+
+example, chunks of 8 actions from a head that is trained by flow matching:
+  accelerate launch -m hf_vla_actions.train --model_name_or_path ./tiny --dataset ./my_robot --output_dir ./policy \\
+    --horizon 8 --head flow --head_width 256 --head_depth 4 --head_heads 4 --head_proprio
 
 example, chunks of 8 actions as FAST tokens that are fitted to the data first:
   accelerate launch -m hf_vla_actions.train --model_name_or_path ./tiny --dataset ./my_robot --output_dir ./policy \\
@@ -140,6 +145,8 @@ def main(argv: list[str] | None = None) -> int:
     """Parse the options, fine-tune, save; what is wrong with the options ends in one line and exit status 2."""
     asked = parse(sys.argv[1:] if argv is None else argv)
     args = asked.args
+    _refuse_idle(asked)
+    _check_head(asked)
     logging.basicConfig(level=args.get_process_log_level(), format="%(levelname)s %(name)s: %(message)s")
     if args.log_level == "passive" and args.should_log:
         logging.getLogger("hf_vla_actions").setLevel(logging.INFO)  # what is fitted and found, before the first step
@@ -160,15 +167,44 @@ def main(argv: list[str] | None = None) -> int:
     return _plan(asked, parts) if args.dry_run else _train(asked, parts)
 
 
+def _refuse_idle(asked: Asked) -> None:
+    """Refuse options that would do nothing, and an evaluation of nothing."""
+    idle = [f"--{name}" for name in asked.options if name.startswith("lora_")]
+    if idle and not asked.lora.use_peft:
+        raise TrainingError(
+            f"{', '.join(idle)} without --use_peft: all weights would be trained. Add --use_peft for an adapter, or leave "
+            f"{'them' if len(idle) > 1 else 'it'} out"
+        )
+    if str(asked.args.eval_strategy.value) != "no" and not asked.data.eval_fraction:
+        raise TrainingError(
+            f"--eval_strategy {asked.args.eval_strategy.value} without --eval_fraction: no episode is held out to evaluate on"
+        )
+
+
+def _check_head(asked: Asked) -> None:
+    """Refuse options about a head that nothing has, or that do not go together."""
+    args, mode = asked.args, asked.data.norm_mode
+    idle = asked.model.said()
+    idle |= {} if args.transfusion_weight is None else {"--transfusion_weight": args.transfusion_weight}
+    idle |= {"--head_insulate": True} if args.head_insulate else {}
+    if asked.model.head is not None:
+        check_head(asked.model, mode, weighted=args.transfusion_weight is not None)
+    elif idle or mode == "normal":
+        old = config_of(asked.model.model_name_or_path)
+        if old is None or old.head is None:
+            check_no_head(idle, mode)
+
+
 def _load(asked: Asked, parts, model_args: ModelArguments, **options: Any) -> tuple[Any, Any, Any, list[str]]:
     """The policy, what it is trained and evaluated on, and the `unnorm_key` of each dataset."""
     (data, dataset), *others = parts
     options |= quantized_loading(asked.lora, asked.args)
     policy, key = load_policy(model_args, data, dataset, asked.args.seed, others=others, **options)
     horizon = policy.action_config.horizon
+    history = 0 if policy.action_config.head is None else policy.action_head.window - 1
     if not others:
-        return policy, *chunk_datasets(dataset, data, horizon, asked.args.seed), [key]
-    train_dataset, eval_dataset = mixture_of(parts, asked.data.dataset_weights, horizon, asked.args.seed)
+        return policy, *chunk_datasets(dataset, data, horizon, asked.args.seed, history), [key]
+    train_dataset, eval_dataset = mixture_of(parts, asked.data.dataset_weights, horizon, asked.args.seed, history)
     return policy, train_dataset, eval_dataset, [part.unnorm_key for part in train_dataset.parts]
 
 

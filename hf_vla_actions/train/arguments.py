@@ -8,13 +8,14 @@ from dataclasses import dataclass, field
 from transformers import TrainingArguments
 
 from hf_vla_actions.errors import TrainingError
+from hf_vla_actions.train.head_arguments import HeadArguments
 from hf_vla_actions.train.recipes import RECIPES
 
 FULL_LEARNING_RATE, LORA_LEARNING_RATE = 2e-5, 5e-4
 
 
 @dataclass
-class ModelArguments:
+class ModelArguments(HeadArguments):
     """What is trained, and how actions become tokens."""
 
     model_name_or_path: str = field(
@@ -181,8 +182,9 @@ class DataArguments:
     norm_mode: str = field(
         default="bounds_q99",
         metadata={
-            "help": "What becomes [-1, 1]: 1st to 99th percentile, or min to max.",
-            "choices": ["bounds_q99", "bounds"],
+            "help": "What becomes [-1, 1]: 1st to 99th percentile, or min to max; or 'normal', mean 0 and standard "
+            "deviation 1, for a continuous head.",
+            "choices": ["bounds_q99", "bounds", "normal"],
         },
     )
 
@@ -293,6 +295,16 @@ class VLATrainingArguments(TrainingArguments):
             "the permanent limits of the policy."
         },
     )
+    head_insulate: bool = field(
+        default=False,
+        metadata={"help": "No gradient goes from the head into the model (knowledge insulation)."},
+    )
+    transfusion_weight: float | None = field(
+        default=None,
+        metadata={
+            "help": "With --head and --action_tokenizer: weight of the head's loss beside the tokens'. Default: 1."
+        },
+    )
     dry_run: bool = field(
         default=False,
         metadata={
@@ -317,6 +329,9 @@ class VLATrainingArguments(TrainingArguments):
             raise TrainingError("nowhere to save the policy: pass --output_dir")
         if not (math.isfinite(self.taco_loss_weight) and self.taco_loss_weight >= 0):
             raise TrainingError(f"taco_loss_weight is a number of at least 0, got {self.taco_loss_weight}")
+        weight = self.transfusion_weight
+        if weight is not None and not (math.isfinite(weight) and weight >= 0):
+            raise TrainingError(f"transfusion_weight is a number of at least 0, got {weight}")
         if self.taco_constraints is not None and not self.taco_loss_weight:
             raise TrainingError("taco_constraints do nothing without a weight: pass --taco_loss_weight, such as 1e4")
         self.label_names = ["labels"]

@@ -8,6 +8,7 @@ import torch
 
 from hf_vla_actions.errors import TrainingError
 from hf_vla_actions.models.families import family_of
+from hf_vla_actions.models.head_files import PREFIX
 from hf_vla_actions.train.lora import cuts_weights
 
 
@@ -17,7 +18,8 @@ class Frozen:
 
     Args:
         vision: the vision tower and the projector.
-        language_model: the layers of the language model; its embeddings are a part of their own.
+        language_model: the layers of the language model; its embeddings are a part of their own, but for a policy without
+            action tokens.
         text_embeddings: all rows of the input and output embeddings but those of the action tokens, to the bit.
 
     RoboVLMs trains with such switches for vision and text embedding (arXiv 2412.14058).
@@ -50,15 +52,30 @@ def freeze_parts(policy, frozen: Frozen, *, weight_decay: float = 0.0) -> None:
     """
     embeddings = [policy.get_input_embeddings(), policy.get_output_embeddings()]
     rows = {id(p) for layer in embeddings for p in layer.parameters()}
+    if policy.action_config.vocabulary is None:
+        _freeze_words(embeddings, frozen)
     vision = family_of(policy.config).vision_modules
     for name, parameter in policy.named_parameters():
         in_vision = any(part in vision for part in name.split("."))
-        if id(parameter) in rows:
+        if id(parameter) in rows or name.startswith(PREFIX):
             continue
         if frozen.vision if in_vision else frozen.language_model:
             parameter.requires_grad_(False)
-    if frozen.text_embeddings:
+    if frozen.text_embeddings and policy.action_config.vocabulary is not None:
         _freeze_rows(policy, embeddings, weight_decay)
+
+
+def _freeze_words(embeddings, frozen: Frozen) -> None:
+    """Freeze the embeddings of a policy without action tokens: they are a part of its language model.
+
+    Nobody asks such a policy for words, so the output layer never gets a gradient.
+    """
+    (read, written) = ({id(p): p for p in layer.parameters()} for layer in embeddings)
+    for key, parameter in written.items():
+        parameter.requires_grad_(key in read)
+    if frozen.text_embeddings or frozen.language_model:
+        for parameter in read.values():
+            parameter.requires_grad_(False)
 
 
 def _freeze_rows(policy, embeddings, weight_decay: float) -> None:

@@ -12,6 +12,8 @@ from hf_vla_actions.data.split import split_episodes
 from hf_vla_actions.errors import TrainingError
 from hf_vla_actions.train.arguments import DataArguments, ModelArguments
 
+DECLARED = ("action_names", "action_units", "action_kind", "action_frame", "gripper")
+
 
 def parts_of(args: DataArguments, model_args: ModelArguments) -> list[DataArguments]:
     """The options of each dataset that is named.
@@ -47,8 +49,17 @@ def parts_of(args: DataArguments, model_args: ModelArguments) -> list[DataArgume
     keys = _spread("unnorm_key", args.unnorm_key, len(folders))
     if isinstance(args.unnorm_key, str):
         raise TrainingError(f"one unnorm_key {args.unnorm_key!r} for {len(folders)} datasets: give each its own")
+    # What the options declare is about the datasets whose transform does not say it.
+    undeclared: dict[str, Any] = dict.fromkeys(DECLARED) if None in transforms else {}
     return [
-        replace(args, dataset=folder, transform=transform, unnorm_key=key, dataset_weights=None)  # type: ignore[arg-type]
+        replace(
+            args,
+            dataset=folder,  # type: ignore[arg-type]
+            transform=transform,
+            unnorm_key=key,
+            dataset_weights=None,
+            **(undeclared if transform is not None else {}),
+        )
         for folder, transform, key in zip(folders, transforms, keys, strict=True)
     ]
 
@@ -58,6 +69,7 @@ def mixture_of(
     weights: Sequence[float] | None,
     horizon: int,
     seed: int,
+    history: int = 0,
 ) -> tuple[MixtureDataset, dict[str, ChunkDataset] | None]:
     """The chunks of several datasets to train on, and those of held-out episodes by `unnorm_key`, or None.
 
@@ -66,12 +78,13 @@ def mixture_of(
         weights: share of the samples that each gives; None for their sizes.
         horizon: actions in a chunk.
         seed: of the split into episodes, and of the order.
+        history: steps before the current one that a sample brings along.
     """
     train, held_out = [], {}
     for args, reader in parts:
         key: Any = args.unnorm_key or reader.name
         used, left = split_episodes(reader, args.eval_fraction, seed)
-        options: dict[str, Any] = {"skip_first": args.skip_first, "unnorm_key": key}
+        options: dict[str, Any] = {"skip_first": args.skip_first, "unnorm_key": key, "history": history}
         train.append(ChunkDataset(reader, horizon, episodes=used, **options))
         if left:
             held_out[key] = ChunkDataset(reader, horizon, episodes=left, **options)

@@ -16,10 +16,12 @@ from hf_vla_actions.config import ActionConfig
 from hf_vla_actions.data.mixture import MixtureDataset
 from hf_vla_actions.errors import TrainingError
 from hf_vla_actions.models.families import OPENVLA_TYPE
+from hf_vla_actions.models.head_files import HEAD_FILE
 from hf_vla_actions.train.arguments import LoraArguments, VLATrainingArguments
 from hf_vla_actions.train.checkpoints import UNFINISHED, last_whole, read_seal, remove_unfinished, saving, write_json
 from hf_vla_actions.train.collator import ActionCollator
 from hf_vla_actions.train.freeze import Frozen, freeze_parts
+from hf_vla_actions.train.head_trainer import HeadTrainer, check_transfusion
 from hf_vla_actions.train.lora import add_lora
 from hf_vla_actions.train.record import FILE_NAME as TRAINING_FILE
 from hf_vla_actions.train.trainer import VLATrainer, taco_loss_of
@@ -33,6 +35,7 @@ OWN_FILES = (
         UNFINISHED,
         "checkpoint-*",
         "adapter_*",
+        HEAD_FILE,
         "model*.safetensors*",
         "config.json",
         "action_config.json",
@@ -69,9 +72,9 @@ def fine_tune(
         The trained model (a PeftModel with LoRA) and the metrics: those of held-out episodes start with `eval_`,
         those of a sample of the training data with `train_`; of a mixture each dataset's with `eval_KEY_`, `train_KEY_`.
     """
-    taco_loss_of(
-        policy.action_config, args, ActionCollator(policy.prompts, unnorm_key).unnorm_keys
-    )  # before an old run is removed
+    # Before an old run is removed:
+    taco_loss_of(policy.action_config, args, ActionCollator(policy.prompts, unnorm_key).unnorm_keys)
+    check_transfusion(policy.action_config, args)
     checkpoint = prepare_output(args)
     _check_same_checkpoint(checkpoint, args)
     if checkpoint is not None:
@@ -80,11 +83,12 @@ def fine_tune(
     elif args.should_save:
         _remove_old_run(Path(str(args.output_dir)))
     model = model_of(policy, args, lora)
-    if policy.config.model_type == OPENVLA_TYPE and args.ddp_find_unused_parameters is None:
-        # Some of its weights never run (a tower's last block, SigLIP's pooling), and without this several processes
+    has_head = policy.action_config.head is not None
+    if (policy.config.model_type == OPENVLA_TYPE or has_head) and args.ddp_find_unused_parameters is None:
+        # Some of its weights never run (a tower's last block, SigLIP's pooling; with a head the output layer), and without this several processes
         # would wait for their gradients. Trainer turns it off where activations are checkpointed.
         args.ddp_find_unused_parameters = True
-    trainer = VLATrainer(
+    trainer = (HeadTrainer if has_head else VLATrainer)(
         model,
         args,
         unnorm_key=unnorm_key,
@@ -150,7 +154,7 @@ def check_same_config(config: ActionConfig, checkpoint: str) -> None:
     free = {"token_budget"}
     if before.norm_stats.is_close(config.norm_stats):  # type: ignore[union-attr, arg-type]
         free.add("norm_stats")  # earlier releases rounded sums differently
-    differ = [name for name in now if now[name] != saved.get(name) and name not in free]
+    differ = [name for name in {**saved, **now} if now.get(name) != saved.get(name) and name not in free]
     if differ:
         raise TrainingError(
             f"the checkpoint {checkpoint} was trained with other {differ} in its action config; resume with the same "

@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 from transformers.utils import cached_file
 
 from hf_vla_actions.actions import ActionSpace, ActionStats, Gripper, NormStats
-from hf_vla_actions.config import DEFAULT_PROMPT, ActionConfig, check_source
+from hf_vla_actions.config import DEFAULT_PROMPT, ActionConfig, ActionTokenizer, check_source
 from hf_vla_actions.config import FILE_NAME as ACTION_CONFIG_FILE
 from hf_vla_actions.data import ChunkDataset, EpisodeReader, TransformedDataset
 from hf_vla_actions.data import open_dataset as open_path
@@ -22,12 +22,14 @@ from hf_vla_actions.models import load_model, to_vla
 from hf_vla_actions.models.adapter import share_statistics
 from hf_vla_actions.models.embeddings import initialize_rows
 from hf_vla_actions.models.families import OPENVLA_TYPE, family_of
+from hf_vla_actions.models.head_files import load_head
 from hf_vla_actions.models.openvla import action_config_of
 from hf_vla_actions.tokenizers import FASTActionTokenizer
 from hf_vla_actions.tokenizers.fast_length import code_budget
 from hf_vla_actions.tokenizers.vocabulary import numbered
 from hf_vla_actions.train.arguments import DataArguments, ModelArguments
 from hf_vla_actions.train.augment import SlowedChunks
+from hf_vla_actions.train.head_arguments import check_same_head, new_head
 from hf_vla_actions.train.recipes import RECIPES
 from hf_vla_actions.train.tokens import (
     action_tokenizer_of,
@@ -48,11 +50,13 @@ def open_dataset(args: DataArguments) -> EpisodeReader:
     return open_path(folder, cameras=args.cameras, action_key=args.action_key, transform=transform)
 
 
-def chunk_datasets(dataset: EpisodeReader, args: DataArguments, horizon: int, seed: int):
+def chunk_datasets(dataset: EpisodeReader, args: DataArguments, horizon: int, seed: int, history: int = 0):
     """The chunks to train on (some of them slowed, with `augment_limits`), and those of held-out episodes or None."""
     train, held_out = split_episodes(dataset, args.eval_fraction, seed)
     chunks: list[Any] = [
-        ChunkDataset(dataset, horizon, episodes=episodes, skip_first=args.skip_first) if episodes else None
+        ChunkDataset(dataset, horizon, episodes=episodes, skip_first=args.skip_first, history=history)
+        if episodes
+        else None
         for episodes in (train, held_out)
     ]
     if args.augment_limits:
@@ -114,13 +118,19 @@ def check_gripper(values: np.ndarray, gripper: Gripper) -> None:
         )
 
 
-def stats_of(dataset: EpisodeReader, space: ActionSpace, episodes: list[int], mode: str) -> dict[str, Any]:
-    """An entry for NormStats from the actions and states of some episodes.
+def stats_of(
+    dataset: EpisodeReader, space: ActionSpace, episodes: list[int], mode: str, skip_first: int = 0
+) -> dict[str, Any]:
+    """An entry for NormStats from the actions and states of some episodes, without the steps that are left out of them.
 
     The gripper is not normalized if its two states lie within [-1, 1], where the bins are.
     """
     chosen = set(episodes)
-    rows = np.concatenate([np.arange(e.start, e.stop) for e in dataset.episodes if e.index in chosen])
+    rows = np.concatenate([np.arange(e.start + skip_first, e.stop) for e in dataset.episodes if e.index in chosen])
+    if not rows.size:
+        raise TrainingError(
+            f"no step is left of {len(chosen)} episodes of {dataset.root} after skip_first={skip_first}"
+        )
     mask = np.ones(space.dof, dtype=bool)
     if space.gripper is not None:
         dim = space.index(space.gripper.dim)
@@ -168,13 +178,16 @@ def load_policy(
     key: str = data_args.unnorm_key or dataset.name  # type: ignore[assignment]
     space = space_of(dataset, data_args)
     parts = split_episodes(dataset, data_args.eval_fraction, seed)
-    entry = stats_of(dataset, space, parts[0], data_args.norm_mode)
-    old, action_tokenizer = _config_of(model_args.model_name_or_path), None
+    entry = stats_of(dataset, space, parts[0], data_args.norm_mode, data_args.skip_first)
+    old = config_of(model_args.model_name_or_path)
+    action_tokenizer: ActionTokenizer | None = None
     if old is not None:
         check_same_tokenizer(model_args, old)
     elif _type_of(model_args.model_name_or_path) == OPENVLA_TYPE:
         check_bins(model_args)
-    else:
+        if model_args.head is not None:
+            raise TrainingError("an OpenVLA model has heads of its own: leave --head out, or take another model")
+    elif model_args.head is None or model_args.action_tokenizer is not None:
         check_tokens(model_args, data_args)
         action_tokenizer = action_tokenizer_of(model_args, data_args, dataset, parts, space, entry["action"], seed)
     options = {"dtype": model_args.dtype or "float32", **load_options}
@@ -189,12 +202,15 @@ def load_policy(
         old = old or _original(model, processor, key, entry)
     if old is None:
         tokenizer = processor.tokenizer if family_of(model.config).takes_images else processor
-        vocabulary = vocabulary_of(tokenizer, model_args, action_tokenizer.n_codes, space.dof)  # type: ignore[union-attr]
+        vocabulary = None
+        if action_tokenizer is not None:
+            vocabulary = vocabulary_of(tokenizer, model_args, action_tokenizer.n_codes, space.dof)
         meaning = (NormStats({key: entry}), {key: space})
         config = ActionConfig(
-            action_tokenizer,  # type: ignore[arg-type]
+            action_tokenizer,
             vocabulary,
             *meaning,
+            head=new_head(model_args, data_args, space, entry),
             horizon=1 if data_args.horizon is None else data_args.horizon,
             prompt=model_args.prompt or DEFAULT_PROMPT,
             cameras=dataset.cameras,
@@ -203,6 +219,8 @@ def load_policy(
     else:
         _check_unchanged(model, old, model_args, data_args, dataset)
         config = _extended(old, key, entry, space)
+        if old.head is None and model_args.head is not None:
+            config = replace(config, head=new_head(model_args, data_args, space, entry))
         if native:
             # Each of its datasets has a camera of its own, and only the number of pictures can be checked in use.
             config = replace(config, cameras=dataset.cameras)
@@ -213,8 +231,12 @@ def load_policy(
     policy = to_vla(model, processor, config)
     if native:
         share_statistics(policy)
+    if old is not None and old.head is not None and policy.device.type != "meta":
+        load_head(policy.action_head, model_args.model_name_or_path)
+    if old is not None or config.vocabulary is None:
+        return policy, key
     ids, made_by_others = config.vocabulary.token_ids, config.vocabulary.layout in ("tail", "pi0_fast", "named")
-    if old is None and not made_by_others and (ids < rows).any():
+    if not made_by_others and (ids < rows).any():
         # They fall on rows that the model has but never trained: some are zero, or all the same.
         initialize_rows(policy, ids)
     return policy, key
@@ -246,7 +268,8 @@ def _with_dataset(
             f"{dataset.root} has actions of {space.dof} dimensions, the first dataset of {dof}: the datasets of a mixture "
             "must have equally many; a --transform can leave out or join some"
         )
-    entry = stats_of(dataset, space, split_episodes(dataset, args.eval_fraction, seed)[0], args.norm_mode)
+    episodes = split_episodes(dataset, args.eval_fraction, seed)[0]
+    entry = stats_of(dataset, space, episodes, args.norm_mode, args.skip_first)
     logger.info("actions of %r: %s", key, "; ".join(space.describe(i) for i in range(space.dof)))
     return _with_budget(_extended(config, key, entry, space), key, args, dataset, seed)
 
@@ -292,7 +315,7 @@ def _check_openvla(config: dict[str, Any], data_args: DataArguments, dataset: Ep
         )
 
 
-def _config_of(path: str) -> ActionConfig | None:
+def config_of(path: str) -> ActionConfig | None:
     """The action config of a policy, in a folder or on the Hub; None for a model that is no policy yet."""
     check_source(path)
     try:
@@ -317,13 +340,11 @@ def _type_of(path: str) -> str | None:
 
 def _check_unchanged(model, old: ActionConfig, model_args: ModelArguments, data_args: DataArguments, dataset) -> None:
     """Refuse options that a trained policy cannot change: its tokens would mean something else."""
-    named = None if model_args.named_tokens is None else numbered(model_args.named_tokens, 1)[0]
+    check_same_head(model_args, old)
+    tokens: dict[str, tuple[Any, Any]] = {} if old.vocabulary is None else _tokens_of(model_args, old)
     asked: dict[str, tuple[Any, Any]] = {
+        **tokens,
         "--prompt": (model_args.prompt, old.prompt),
-        "--n_bins": (model_args.n_bins, old.tokenizer.n_codes),
-        "--action_layout": (model_args.action_layout, old.vocabulary.layout),
-        "--spare_from": (model_args.spare_from, int(old.vocabulary.token_ids.min())),
-        "--named_tokens": (named, old.vocabulary.tokens[0]),
         "--horizon": (data_args.horizon, old.horizon),
         "--no_chat": (None if model_args.chat else False, old.chat),
     }
@@ -332,6 +353,17 @@ def _check_unchanged(model, old: ActionConfig, model_args: ModelArguments, data_
     for option, (wanted, has) in asked.items():
         if wanted is not None and wanted != has:
             raise TrainingError(f"the policy was trained with {option} {has!r}, got {wanted!r}; leave the option out")
+
+
+def _tokens_of(model_args: ModelArguments, old: ActionConfig) -> dict[str, tuple[Any, Any]]:
+    """What is asked for about action tokens, and what a policy has."""
+    named = None if model_args.named_tokens is None else numbered(model_args.named_tokens, 1)[0]
+    return {
+        "--n_bins": (model_args.n_bins, old.tokenizer.n_codes),
+        "--action_layout": (model_args.action_layout, old.vocabulary.layout),
+        "--spare_from": (model_args.spare_from, int(old.vocabulary.token_ids.min())),
+        "--named_tokens": (named, old.vocabulary.tokens[0]),
+    }
 
 
 def _check_same_robot(old: ActionConfig, key: str, stats: ActionStats, space: ActionSpace) -> None:

@@ -204,6 +204,8 @@ def vocabulary_of(tokenizer, args: ModelArguments, n_codes: int, dof: int) -> Ac
 
 def check_same_tokenizer(args: ModelArguments, old: ActionConfig) -> None:
     """Refuse options that ask a trained policy for another action tokenizer: its tokens would mean something else."""
+    if old.tokenizer is None:
+        return _check_no_tokens(args)
     asked, has = args.action_tokenizer, next(name for name, kind in KINDS.items() if isinstance(old.tokenizer, kind))
     for option, value in (
         ("--fast_scale", args.fast_scale),
@@ -216,6 +218,14 @@ def check_same_tokenizer(args: ModelArguments, old: ActionConfig) -> None:
         raise TrainingError(
             f"the policy was trained with another action tokenizer ({has}) than --action_tokenizer {asked}; leave the option out"
         )
+
+
+def _check_no_tokens(args: ModelArguments) -> None:
+    """Refuse options about action tokens for a policy that acts with a head alone."""
+    names = ("n_bins", "action_tokenizer", "fast_scale", "fast_vocab", "vq_steps", "action_layout", "named_tokens")
+    idle = [f"--{name}" for name in (*names, "spare_from") if getattr(args, name) is not None]
+    if idle:
+        raise TrainingError(f"the policy has a continuous head and no action tokens: leave {', '.join(idle)} out")
 
 
 def chunks_of(

@@ -30,10 +30,18 @@ class VLATrainer(ResumableTrainer):
         kwargs: as for Trainer (`train_dataset`, `eval_dataset`, `callbacks`, ...).
     """
 
+    with_head = False
+
     def __init__(self, model, args, *, unnorm_key: str | Sequence[str] | None = None, **kwargs: Any):
         policy: Any = model if isinstance(model, ActionPredictionMixin) else model.get_base_model()
         self.policy: Any = policy
         keys = ActionCollator(policy.prompts, unnorm_key).unnorm_keys
+        has_head = policy.action_config.head is not None
+        if has_head != self.with_head:
+            raise TrainingError(
+                f"a policy {'with' if has_head else 'without'} a continuous head is trained by "
+                f"{'HeadTrainer' if has_head else 'VLATrainer'}"
+            )
         self.unnorm_key = keys[0]  # in an evaluation: of the dataset that is evaluated
         self.taco_loss = taco_loss_of(policy.action_config, args, keys)
         self._violation: torch.Tensor | None = None  # summed up since the last line of the log
@@ -41,10 +49,9 @@ class VLATrainer(ResumableTrainer):
         super().__init__(
             model,
             args,
-            data_collator=ActionCollator(policy.prompts, keys),
+            data_collator=self._collator(keys),
             compute_loss_func=self._loss,
-            compute_metrics=self._metrics,
-            preprocess_logits_for_metrics=self._codes,
+            **self._evaluation(),
             **kwargs,
         )
         # Trainer would not count the first label of each row, as if labels still were to be shifted; here every one is
@@ -52,7 +59,13 @@ class VLATrainer(ResumableTrainer):
         self._loss_shifts_labels = False
         self.throughput = Throughput()
         self.add_callback(self.throughput)
-        self._ids = torch.tensor(ids_by_place(policy.action_config, self.unnorm_key))
+        self._ids = None if has_head else torch.tensor(ids_by_place(policy.action_config, self.unnorm_key))
+
+    def _collator(self, keys: Sequence[str]) -> ActionCollator:
+        return ActionCollator(self.policy.prompts, keys)
+
+    def _evaluation(self) -> dict[str, Any]:
+        return {"compute_metrics": self._metrics, "preprocess_logits_for_metrics": self._codes}
 
     def _loss(self, outputs, labels: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:
         """Cross entropy, and with `taco_loss_weight` the expected violation beside it, in training and evaluation."""
@@ -60,7 +73,7 @@ class VLATrainer(ResumableTrainer):
         if self.taco_loss is None:
             return loss
         logits, labels = outputs["logits"][:, -labels.shape[1] - 1 : -2], labels[:, :-1]
-        ids = self._ids.to(logits.device)
+        ids = self._ids.to(logits.device)  # type: ignore[union-attr]
         dof = len(self.taco_loss.values)
         violation = self.taco_loss(
             logits,
@@ -145,7 +158,7 @@ class VLATrainer(ResumableTrainer):
 
     def _codes(self, logits, labels: torch.Tensor) -> torch.Tensor:
         """What `likeliest` says of the logits, which some models return with more beside them."""
-        return likeliest(logits[0] if isinstance(logits, tuple) else logits, labels, self._ids)
+        return likeliest(logits[0] if isinstance(logits, tuple) else logits, labels, self._ids)  # type: ignore[arg-type]
 
     def _metrics(self, prediction) -> dict[str, float]:
         """Metrics of teacher-forced predictions."""
@@ -158,7 +171,7 @@ class VLATrainer(ResumableTrainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         saved, _ = load_model(resume_from_checkpoint, dtype=self.policy.dtype)
-        self.policy.load_state_dict(saved.state_dict())
+        self.policy.load_state_dict(saved.state_dict(), strict=not self.with_head)  # a head has a file of its own
 
     def _load_best_model(self) -> None:
         if self._whole_policy(self.model):
@@ -185,6 +198,11 @@ def taco_loss_of(config: ActionConfig, args, unnorm_keys: Sequence[str]) -> TACO
     """The auxiliary loss that the training arguments ask for, checked; None if they ask for none."""
     if not isinstance(args, VLATrainingArguments) or not args.taco_loss_weight:
         return None
+    if config.head is not None:
+        raise TrainingError(
+            "taco_loss_weight is about the probabilities of tokens, and this policy acts with a "
+            f"{config.head.kind!r} head: leave it out; predict_action(constraints=...) keeps constraints all the same"
+        )
     if len(unnorm_keys) > 1:
         raise TrainingError(
             f"taco_loss_weight is for one dataset, whose units the constraints are in; this is a mixture of "
