@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,11 @@ from torch.nn import functional
 from hf_vla_actions.heads.base import ActionHead, Features, HeadConfig, HeadError, check_number
 from hf_vla_actions.heads.guidance import Guidance
 
-LOSSES = {"l1": functional.l1_loss, "huber": functional.huber_loss, "mse": functional.mse_loss}
+LOSSES: dict[str, Callable[..., torch.Tensor]] = {
+    "l1": functional.l1_loss,
+    "huber": functional.huber_loss,
+    "mse": functional.mse_loss,
+}
 
 
 class OneShotHead(ActionHead):
