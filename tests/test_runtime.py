@@ -14,11 +14,14 @@ from hf_vla_actions.actions.rotations import from_matrix, size_of, to_matrix
 from hf_vla_actions.constraints import Context, Prefix, Range, Rate, RetimedChunk, Speed, Target, Workspace
 from hf_vla_actions.errors import ActionSpaceError, ExecutionError
 from hf_vla_actions.runtime import (
+    AsyncPolicy,
     Overlap,
     Policy,
     RealTimeChunking,
     RecedingHorizon,
     Retime,
+    SimulatedClock,
+    SimulatedWorker,
     TemporalEnsemble,
     at_anchor,
     ensemble_weights,
@@ -437,3 +440,37 @@ def test_retiming_keeps_what_speaks_of_the_whole_chunk_too():
     )
     actions = run(policy, 8)
     assert np.cumsum(actions[:, 0]).max() <= 0.1
+
+
+def test_every_executor_takes_a_policy_of_a_model_and_tells_it_what_was_done():
+    vla = sharpen(tiny_llava(horizon=4))
+    space = vla.action_config.space(vla.action_config.resolve(None))
+    told = Context(last_action=[0.0] * 6 + [1])
+
+    def policy():
+        runner = vla.policy(constraints=[Rate("x", 0.001)], context=lambda obs: None if runner.executed else told)
+        return runner
+
+    def obs(step):
+        return {"images": picture(step), "instruction": "move to the red block"}
+
+    clock = SimulatedClock()
+    for executor in (
+        TemporalEnsemble(policy(), 0.01, space=space),
+        RecedingHorizon(policy(), 2),
+        AsyncPolicy(policy(), space=space, clock=clock, worker=SimulatedWorker(clock, 0.2)),
+    ):
+        source, begins = executor.predict_chunk, []
+
+        def looking(obs, source=source, executor=executor, begins=begins):
+            last = executor.executed[-1][0] if executor.executed else 0.0
+            chunk = source(obs)
+            begins.append(abs(chunk[0, 0] - last))
+            return chunk
+
+        executor.predict_chunk = looking
+        for step in range(4):
+            assert executor(obs(step)).shape == (7,)
+            clock.advance(0.2)
+        assert len(begins) >= 2
+        assert max(begins) <= 0.001
