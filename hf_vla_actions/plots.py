@@ -300,7 +300,11 @@ def plot_agreement(demonstrated: np.ndarray, predicted: np.ndarray, ax=None, *, 
     dots[0].set_rasterized(True)
     ax.plot([], [], "o", ms=4, color=color, label=label)
     ax.axline((0, 0), slope=1, color="0.3", lw=0.7, ls="--", zorder=1)
-    ax.set(xlabel="demonstrated", ylabel="predicted")
+    box = ax.dataLim  # of everything that was drawn here
+    low, high = min(box.x0, box.y0), max(box.x1, box.y1)
+    room = 0.05 * (high - low) or 0.05
+    low, high = low - room, high + room
+    ax.set(xlabel="demonstrated", ylabel="predicted", xlim=(low, high), ylim=(low, high))  # equal is the diagonal
     ax.locator_params(nbins=4)
     ax.spines[["top", "right"]].set_visible(False)
     return ax
@@ -320,8 +324,10 @@ def plot_error_by_step(error: np.ndarray, names: Sequence[str], ax=None):
         if not np.isnan(column).all():
             ax.plot(steps, column, marker="o", ms=3, lw=1.2, label=name)
     ax.set(xlabel="step of the chunk", ylabel="mean error [% of range]", xlim=(0.5, len(error) + 0.5))
-    ax.set_ylim(bottom=0)
-    ax.xaxis.get_major_locator().set_params(integer=True)
-    ax.legend(frameon=False, fontsize=7, ncols=2)
+    top = ax.get_ylim()[1]
+    ax.set_ylim(0, 1.35 * top)  # room for the legend, which must not hide a number
+    # A locator asked for whole numbers still puts halves where there are few.
+    ax.set_xticks(steps[:: max(1, -(-len(steps) // 8))])
+    ax.legend(frameon=False, fontsize=7, ncols=3, loc="upper center")
     ax.spines[["top", "right"]].set_visible(False)
     return ax

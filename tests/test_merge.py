@@ -297,13 +297,23 @@ def test_adapter_of_4_bit_weights_asks_into_which_ones(four_bit, tmp_path, capsy
     adapter = four_bit / "adapter"
     assert main(["merge", str(adapter), "--output", str(tmp_path / "out")]) == 2
     assert "'dequantized' is the policy that was trained" in capsys.readouterr().err
+    for name in ("training.json", "action_metrics.json"):
+        (adapter / name).write_text(f'{{"of": "{name}"}}')
     exact = merge_adapter(adapter, tmp_path / "exact", qlora="dequantized", probe=FEW)
+    assert {
+        p.name: p.read_text() for p in (tmp_path / "exact").glob("*.json") if "of" in json.loads(p.read_text())
+    } == {
+        "training.json": '{"of": "training.json"}',
+        "action_metrics.json": '{"of": "action_metrics.json"}',
+    }, "the held-out episodes and the metrics are those of the training"
     assert exact.comparison.difference <= 1e-5 * exact.comparison.scale
     assert "the policy that was trained" in exact.text()
     other = merge_adapter(adapter, tmp_path / "other", qlora="original", probe=FEW)
     assert other.comparison.difference <= 1e-5 * other.comparison.scale
     assert other.from_quantized.difference > 100 * other.comparison.difference
     assert f"{other.from_quantized.difference:.3g}" in other.text()
+    assert (tmp_path / "other/training.json").is_file()
+    assert not (tmp_path / "other/action_metrics.json").exists(), "another policy: its metrics were not measured"
     merged = {name: load_file(tmp_path / name / "model.safetensors") for name in ("exact", "other")}
     base = load_file(four_bit / "base/model.safetensors")
     for weights in merged.values():

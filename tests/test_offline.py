@@ -18,6 +18,7 @@ from hf_vla_actions.data.split import split_episodes
 from hf_vla_actions.errors import ActionSpaceError, VLAActionsError
 from hf_vla_actions.evaluate import evaluate_offline
 from hf_vla_actions.evaluate.conflicts import conflicts_of
+from hf_vla_actions.plots import plot_agreement, plot_error_by_step
 from hf_vla_actions.train import ActionCollator, VLATrainer
 from hf_vla_actions.train.collator import action_loss
 from hf_vla_actions.train.overfit import Verdict, judge
@@ -351,3 +352,16 @@ def test_verdict_names_chunks_that_contradict_each_other(chunks):
     assert not Verdict(4, 4, 0.2).passed
     assert not Verdict(4, 3, 0.01).passed
     assert Verdict(4, 4, 0.01).passed
+
+
+def test_what_was_predicted_and_demonstrated_is_drawn_to_one_scale_and_all_of_it():
+    panel = plot_agreement(np.array([-1.0, 1.0]), np.array([0.0, 0.1]))
+    plot_agreement(np.array([0.0, 0.2]), np.array([-3.0, 2.0]), panel)  # a second part, beyond the first
+    assert panel.get_xlim() == panel.get_ylim()
+    low, high = panel.get_xlim()
+    assert -4 < low < -3 < 2 < high < 3
+    along = plot_error_by_step(np.array([[0.1, 0.9]]), ["x", "y"])
+    assert along.get_xticks().tolist() == [1], "there is one step"
+    along.figure.canvas.draw()
+    box = along.get_legend().get_window_extent().transformed(along.transData.inverted())
+    assert box.y0 > 90, "it hides no number"

@@ -316,11 +316,16 @@ IMPOSSIBLE = [
     (["--use_peft", "--lora_r", "0"], "rank of at least 1"),
     (["--load_in_4bit"], "--use_peft"),
     (["--eval_fraction", "0.99"], "holds out all"),
+    (["--lora_r", "8"], "--lora_r without --use_peft: all weights would be trained"),
+    (["--per_device_train_batch_size", "0"], "per_device_train_batch_size is a whole number of at least 1"),
+    (["--eval_strategy", "steps"], "without --eval_fraction"),
 ]
 OF_THE_MODEL = [
     (["--use_peft", "--lora_target_modules", "nothing_like_it"], "no LoRA adapter"),
     (["--freeze_text_embeddings", "--weight_decay", "0.1"], "weight_decay"),
     (["--recipe", "openvla-lora"], "'openvla'"),
+    (["--taco_loss_weight", "10"], "needs constraints"),
+    (["--taco_loss_weight", "10", "--taco_constraints", "Range(q, -1, 1)"], "'q'"),
 ]
 
 

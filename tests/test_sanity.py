@@ -174,3 +174,5 @@ def test_real_data_show_what_is_known_of_them(shared):
     assert report.problems == ()
     (note,) = report.notes
     assert "100% of the episodes begin with an action that moves nothing" in note
+    told = check_numbers(bridge.actions, bridge.episodes, space, **facts, skip_first=1)
+    assert not [text for text in told.notes if "skip_first" in text], "it is left out already"

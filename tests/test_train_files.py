@@ -11,9 +11,12 @@ from hypothesis import strategies as st
 from test_train import SEVEN, write_dataset
 from tiny import save_native_llava
 
+from hf_vla_actions.config import ActionConfig
 from hf_vla_actions.errors import TrainingError
 from hf_vla_actions.train.__main__ import main, parse
 from hf_vla_actions.train.config_file import take_config
+from hf_vla_actions.train.record import training_record
+from hf_vla_actions.train.summary import summary_of
 from hf_vla_actions.train.throughput import Throughput
 
 KNOWN = ["model_name_or_path", "dataset", "output_dir", "lora_r", "cameras", "learning_rate", "chat", "use_cpu"]
@@ -171,6 +174,42 @@ def test_the_record_says_what_was_trained(trained):
     assert "n_bins" in options, "of the recipe"
     assert "output_dir" not in options
     assert options["action_units"] == ["m", "m", "m", "rad", "rad", "rad", "none"]
+
+
+def test_the_record_holds_what_was_said_even_where_it_is_the_default(trained, tmp_path):
+    asked = parse(
+        [
+            "--output_dir",
+            str(tmp_path),
+            "--dataset",
+            "d",
+            "--model_name_or_path",
+            "m",
+            "--gripper_open",
+            "1",
+            "--use_cpu",
+        ]
+    )
+    groups = [asked.model, asked.data, asked.lora, asked.args]
+    record = training_record(asked.options, groups, recipe=None, config_file=None, steps=1, unnorm_key="d")
+    assert record["options"]["gripper_open"] == 1.0
+    assert "gripper_closed" not in record["options"]
+
+
+def test_the_last_lines_say_how_well_it_predicts(trained):
+    config = ActionConfig.from_pretrained(trained / "out")
+    metrics = {"eval_token_accuracy": 0.25, "eval_l1/x": 0.0125, "eval_l1/gripper": 0.5, "train_l1/x": float("nan")}
+    names = config.space("robot").names
+    assert summary_of(metrics, config, ["robot"]) == (
+        f"held-out episodes, each token told those before: 25.0% of the tokens, {names[0]} off by 0.0125 m, "
+        f"{names[6]} off by 0.5\n"
+    )
+    mixed = {f"eval_robot_{name.removeprefix('eval_')}": value for name, value in metrics.items()}
+    assert summary_of(mixed, config, ["robot", "robot"]).startswith("held-out episodes of robot, each")
+    said = json.loads((trained / "out/action_metrics.json").read_text())
+    text = summary_of(said, config, ["robot"])
+    assert text.startswith("a sample of what it saw")
+    assert text.count(" off by ") == len(names)
 
 
 def test_an_old_record_does_not_outlive_its_weights(trained, tmp_path):

@@ -35,7 +35,8 @@ def test_the_command_fits_saves_and_reports_in_real_units(robot, tmp_path, capsy
 
     train, held_out = split_episodes(dataset, 0.2, 42)
     assert (len(train), len(held_out)) == (4, 1)
-    rows = np.concatenate([dataset.actions[e.start : e.stop] for e in dataset.episodes if e.index in train])
+    rows = np.concatenate([dataset.actions[e.start + 1 : e.stop] for e in dataset.episodes if e.index in train])
+    assert stats.count == len(rows), "without the steps that are left out"
     np.testing.assert_allclose(stats.q99, np.quantile(rows, 0.99, axis=0))
     actions, mask = ChunkDataset(dataset, 3, episodes=held_out, skip_first=1).actions_only()
     report = tokenizer.report(actions, stats, pad_mask=mask)

@@ -119,6 +119,7 @@ def check_numbers(
     states: np.ndarray | None = None,
     timestamps: np.ndarray | None = None,
     stats: ActionStats | None = None,
+    skip_first: int = 0,
 ) -> SanityReport:
     """Look at every number of a dataset.
 
@@ -131,6 +132,7 @@ def check_numbers(
         states: (n_frames, state_dim), to tell deltas from absolute targets.
         timestamps: (n_frames,) seconds within the episode.
         stats: those that will normalize the actions; q01..q99 of the actions themselves if None.
+        skip_first: steps of each episode that are left out already, so nothing is to be said about the first one.
 
     Raises:
         DatasetError: shapes do not fit, or no row is finite.
@@ -181,7 +183,7 @@ def check_numbers(
     measured, bad, odd = _times(timestamps, episodes, rate_hz)
     problems += bad
     notes += odd
-    notes += list(_repeats(x, states, episodes, space, kinds))
+    notes += list(_repeats(x, states, episodes, space, kinds, skip_first))
     return SanityReport(
         source=source,
         n_episodes=len(episodes),
@@ -315,7 +317,12 @@ def _times(
 
 
 def _repeats(
-    x: np.ndarray, states: np.ndarray | None, episodes: tuple[Span, ...], space: ActionSpace, kinds: list[str]
+    x: np.ndarray,
+    states: np.ndarray | None,
+    episodes: tuple[Span, ...],
+    space: ActionSpace,
+    kinds: list[str],
+    skip_first: int,
 ) -> Iterator[str]:
     numbers = x if states is None else np.concatenate([x, np.asarray(states, dtype=np.float64)], axis=1)
     same = (numbers[1:] == numbers[:-1]).all(axis=1)
@@ -335,7 +342,7 @@ def _repeats(
     small = 1e-3 * np.abs(x[:, moving]).max(axis=0)
     still = (np.abs(x[:, moving]) <= small).all(axis=1)
     first = np.mean([still[e.start] for e in episodes])
-    if first > 0.8 and still.mean() < 0.5:
+    if not skip_first and first > 0.8 and still.mean() < 0.5:
         yield f"{first:.0%} of the episodes begin with an action that moves nothing: pass --skip_first 1"
     if still.mean() > 0.1:
         yield f"{still.mean():.0%} of all actions move nothing: a policy learns to stand still; trim them"

@@ -14,8 +14,10 @@ import torch
 from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from safetensors import SafetensorError
 from transformers import BitsAndBytesConfig
+from transformers.utils import cached_file
 
 from hf_vla_actions.errors import CheckpointError, VLAActionsError
+from hf_vla_actions.hub.card_facts import METRICS_FILE, TRAINING_FILE
 from hf_vla_actions.hub.merge_report import REPORT_FILE, MergeReport
 from hf_vla_actions.hub.probe import Answers, Comparison, Probe, ask, compare
 from hf_vla_actions.models.adapter import load_adapter, quantization_of_adapter
@@ -59,7 +61,8 @@ def merge_adapter(
 
     Args:
         adapter: folder or repository of an adapter that this package saved.
-        output: folder of the merged policy: weights, processor, `action_config.json`, `merge_report.json`.
+        output: folder of the merged policy: weights, processor, `action_config.json`, `merge_report.json`, and where the
+            adapter has them `training.json` (what `hf-vla eval` takes its episodes from) and `action_metrics.json`.
         probe: what to ask both; by default eight sentences with made-up pictures.
         dtype: of the merged weights; by default the base's.
         base: where the base model is now, if not where the adapter says.
@@ -121,6 +124,8 @@ def merge_adapter(
             **facts,
         )
         report.save(temporary / REPORT_FILE)
+        # Metrics were measured with the policy that was trained, and "original" weights make another one.
+        _carry(adapter, temporary, (TRAINING_FILE,) if qlora == "original" else (TRAINING_FILE, METRICS_FILE))
         _rename(temporary, output)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -138,7 +143,7 @@ def _check(
     if output.exists() and output.resolve() == Path(adapter).resolve():
         raise CheckpointError(f"{output} is the adapter itself: merge into another folder")
     if output.exists() and (not output.is_dir() or (any(output.iterdir()) and not overwrite)):
-        raise CheckpointError(f"{output} exists: choose another folder, or say that it may be overwritten")
+        raise CheckpointError(f"{output} exists: choose another folder, or say that it may be replaced (--overwrite)")
     if qlora is not None and qlora not in QLORA_WEIGHTS:
         raise CheckpointError(f"qlora is one of {list(QLORA_WEIGHTS)}, got {qlora!r}")
     trained_on = quantization_of_adapter(adapter)
@@ -275,6 +280,14 @@ def _save(merged, folder: Path) -> None:
         merged.save_pretrained(folder)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"the merged policy could not be written beside {folder.parent}: {error}") from error
+
+
+def _carry(adapter: str | Path, folder: Path, names: tuple[str, ...]) -> None:
+    """Copy what the training recorded beside the adapter, where it did."""
+    for name in names:
+        file = cached_file(str(adapter), name, _raise_exceptions_for_missing_entries=False)
+        if file is not None:
+            shutil.copyfile(file, folder / name)
 
 
 def _rename(temporary: Path, output: Path) -> None:

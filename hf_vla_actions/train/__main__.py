@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from torch.utils.data import ConcatDataset
-from transformers import HfArgumentParser, set_seed
+from transformers import HfArgumentParser, IntervalStrategy, set_seed
 
 from hf_vla_actions.errors import TrainingError, one_line_errors
 from hf_vla_actions.models.native import load_outline
@@ -33,6 +33,8 @@ from hf_vla_actions.train.record import FILE_NAME as TRAINING_FILE
 from hf_vla_actions.train.record import Steps, training_record
 from hf_vla_actions.train.run import fine_tune, model_of, prepare_output, write_json
 from hf_vla_actions.train.setup import chunk_datasets, config_of, load_policy, open_dataset
+from hf_vla_actions.train.summary import summary_of
+from hf_vla_actions.train.trainer import taco_loss_of
 
 DESCRIPTION = """\
 Fine-tune a vision-language model into a robot policy on a dataset (LeRobot v2.0 to v3.0, or RLDS).
@@ -175,10 +177,9 @@ def _refuse_idle(asked: Asked) -> None:
             f"{', '.join(idle)} without --use_peft: all weights would be trained. Add --use_peft for an adapter, or leave "
             f"{'them' if len(idle) > 1 else 'it'} out"
         )
-    if str(asked.args.eval_strategy.value) != "no" and not asked.data.eval_fraction:
-        raise TrainingError(
-            f"--eval_strategy {asked.args.eval_strategy.value} without --eval_fraction: no episode is held out to evaluate on"
-        )
+    when = IntervalStrategy(asked.args.eval_strategy).value
+    if when != "no" and not asked.data.eval_fraction:
+        raise TrainingError(f"--eval_strategy {when} without --eval_fraction: no episode is held out to evaluate on")
 
 
 def _check_head(asked: Asked) -> None:
@@ -215,7 +216,7 @@ def _train(asked: Asked, parts) -> int:
     if args.overfit_one_batch:
         return overfit_one_batch(policy, train_dataset, args, lora=asked.lora, unnorm_key=keys[0])
     steps = Steps()
-    fine_tune(
+    _, metrics = fine_tune(
         policy, train_dataset, args, lora=asked.lora, eval_dataset=eval_dataset, unnorm_key=key, callbacks=[steps]
     )
     if args.process_index == 0:
@@ -228,6 +229,7 @@ def _train(asked: Asked, parts) -> int:
             unnorm_key=key,
         )
         write_json(Path(str(args.output_dir)) / TRAINING_FILE, record)
+        sys.stdout.write(f"{summary_of(metrics, policy.action_config, keys)}saved to {args.output_dir}\n")
     return 0
 
 
@@ -240,10 +242,11 @@ def _plan(asked: Asked, parts) -> int:
     policy, chunks, held_out, keys = _load(asked, parts, model_args, load=load_outline)
     if isinstance(held_out, dict):
         held_out = ConcatDataset(list(held_out.values()))
+    taco_loss_of(policy.action_config, args, keys)
     model = model_of(policy, args, lora)
     plans = [
-        make_plan(model, policy, key, dataset, chunks, held_out, args, lora)
-        for key, (_, dataset) in zip(keys, parts, strict=True)
+        make_plan(model, policy, key, dataset, chunks, held_out, args, lora, skip_first=part.skip_first)
+        for key, (part, dataset) in zip(keys, parts, strict=True)
     ]
     plan = replace(plans[0], datasets=tuple(report for each in plans for report in each.datasets))
     if args.process_index == 0:

@@ -319,6 +319,13 @@ class VLATrainingArguments(TrainingArguments):
             "Ends with a verdict, and with exit status 1 if it has not learned it by heart."
         },
     )
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={
+            "help": "'true': go on from the last whole checkpoint of --output_dir as if nothing had happened, or the folder "
+            "of a checkpoint. Give the options of the training again."
+        },
+    )
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Train into a folder that is not empty."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Kept false: pictures are columns too."})
     logging_steps: float = field(default=10, metadata={"help": "Steps between two lines of the log."})
@@ -334,6 +341,9 @@ class VLATrainingArguments(TrainingArguments):
             raise TrainingError(f"transfusion_weight is a number of at least 0, got {weight}")
         if self.taco_constraints is not None and not self.taco_loss_weight:
             raise TrainingError("taco_constraints do nothing without a weight: pass --taco_loss_weight, such as 1e4")
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            if getattr(self, name) < 1:
+                raise TrainingError(f"{name} is a whole number of at least 1, got {getattr(self, name)}")
         self.label_names = ["labels"]
         self.learning_rate_was_given = self.learning_rate is not None
         self.learning_rate = self.learning_rate if self.learning_rate_was_given else FULL_LEARNING_RATE

@@ -98,7 +98,7 @@ class FitData:
         space = space_of(dataset, data)
         train, held_out = split_episodes(dataset, args.eval_fraction, args.seed)
         parts = {"training": train, **({"held-out": held_out} if held_out else {})}
-        entry = stats_of(dataset, space, train, args.norm_mode)
+        entry = stats_of(dataset, space, train, args.norm_mode, args.skip_first)
         chunks = {
             name: chunks_of(dataset, args.horizon, episodes, args.skip_first, args.seed, most)
             for name, episodes in parts.items()

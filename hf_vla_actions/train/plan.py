@@ -145,7 +145,16 @@ def check_possible(dataset, horizon: int | None, skip_first: int) -> None:
 
 
 def make_plan(
-    model, policy, unnorm_key: str, dataset, chunks, held_out, args: VLATrainingArguments, lora: LoraArguments
+    model,
+    policy,
+    unnorm_key: str,
+    dataset,
+    chunks,
+    held_out,
+    args: VLATrainingArguments,
+    lora: LoraArguments,
+    *,
+    skip_first: int = 0,
 ) -> TrainingPlan:
     """Find out what a training would do.
 
@@ -158,6 +167,7 @@ def make_plan(
         held_out: ChunkDataset to evaluate on, or None.
         args: of the training.
         lora: of the adapter.
+        skip_first: steps of each episode of this dataset that are left out.
     """
     family = family_of(policy.config)
     tokens, batch = _tokens(policy, unnorm_key, chunks, args.train_batch_size)
@@ -172,6 +182,7 @@ def make_plan(
         timestamps=dataset.timestamps,
         # Those of this very dataset; its 1st to 99th percentile is what the report takes by itself.
         stats=stats if stats.mode == "bounds" and stats.horizon is None else None,
+        skip_first=skip_first,
     )
     return TrainingPlan(
         how=_how(args, lora),

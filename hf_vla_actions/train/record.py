@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -49,7 +49,6 @@ def training_record(
         steps: of the optimizer.
         unnorm_key: of the dataset; of a mixture those of all.
     """
-    defaults = {f.name: _default(f) for group in groups for f in fields(group)}
     values = {f.name: getattr(group, f.name) for group in groups for f in fields(group)}
     args = groups[-1]
     return {
@@ -62,7 +61,7 @@ def training_record(
         "steps": steps,
         "seed": args.seed,
         "learning_rate": args.learning_rate,
-        "options": _public({name: value for name, value in asked.items() if value != defaults[name]}),
+        "options": _public(asked),  # also those that are the defaults of today
         "config_file": None
         if config_file is None
         else {"name": config_file.path, "content": _public(config_file.content)},
@@ -84,10 +83,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     return {k: _plain(v) for k, v in value.items()} if isinstance(value, dict) else str(getattr(value, "value", value))
-
-
-def _default(f: Any) -> Any:
-    return f.default_factory() if f.default_factory is not MISSING else f.default
 
 
 def _version(name: str) -> str | None:

@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
     dataset = open_dataset(data)
     space = space_of(dataset, data)
     parts = split_episodes(dataset, args.eval_fraction, args.seed)
-    stats: ActionStats = stats_of(dataset, space, parts[0], args.norm_mode)["action"]
+    stats: ActionStats = stats_of(dataset, space, parts[0], args.norm_mode, args.skip_first)["action"]
     costs, clipped, energy = [], np.zeros(space.dof), {}
     with tqdm(total=len(args.horizons), desc="tokenizers", unit="horizon", file=sys.stderr) as bar:
         for horizon in args.horizons:
