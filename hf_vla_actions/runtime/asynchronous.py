@@ -149,9 +149,7 @@ class AsyncPolicy(ChunkRunner):
 
     def close(self) -> None:
         """End the worker; raises what it has raised and nobody has seen. May be called twice."""
-        self._closed = True
-        self._worker.close()
-        self._errors += [outcome.error for outcome in self._worker.finished() if outcome.error is not None]
+        self._end()
         if self._errors:
             raise self._errors.pop(0)
 
@@ -159,14 +157,17 @@ class AsyncPolicy(ChunkRunner):
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        self._closed = True
         if error is None:
             self.close()
             return
-        self._worker.close()  # what went wrong first is what the caller shall see
-        for outcome in self._worker.finished():
-            if outcome.error is not None:
-                logger.error("inference failed as well", exc_info=outcome.error)
+        self._end()  # what went wrong first is what the caller shall see
+        for other in self._errors:
+            logger.error("inference failed as well", exc_info=other)
+
+    def _end(self) -> None:
+        self._closed = True
+        self._worker.close()
+        self._errors += [outcome.error for outcome in self._worker.finished() if outcome.error is not None]
 
     def _forget(self) -> None:
         self._chunk: _Anchored | None = None

@@ -66,26 +66,28 @@ class TemporalEnsemble(ChunkRunner):
         self.space, self.exp_weight, self.favours = space, exp_weight, favours
         self._gripper = None if space.gripper is None else space.index(space.gripper.dim)
         self._rotation = _absolute_rotation(space)
-        self._chunks: np.ndarray | None = None
+        self._chunks: np.ndarray | None = None  # (horizon, horizon, dof), a ring of the last chunks
+        self._n_looks = 0
 
     def __call__(self, obs: Observation) -> np.ndarray:
         """Return the next action (dof,) in real units for an observation."""
-        chunk = read_plain_chunk(self.predict_chunk(obs), self.space.dof, "TemporalEnsemble")[None]
+        chunk = read_plain_chunk(self.predict_chunk(obs), self.space.dof, "TemporalEnsemble")
+        horizon = len(chunk)
         if self._chunks is None:
-            self._chunks = chunk
-        elif chunk.shape[1:] != self._chunks.shape[1:]:
-            raise ExecutionError(f"a chunk of shape {chunk.shape[1:]} after chunks of {self._chunks.shape[1:]}")
-        else:
-            # A chunk of `horizon` steps says something about `horizon` steps, this one included.
-            self._chunks = np.concatenate([self._chunks[1 - chunk.shape[1] :][: chunk.shape[1] - 1], chunk])
-        n = len(self._chunks)
-        said = self._chunks[np.arange(n), np.arange(n)[::-1]]
-        return self._send(self._average(said, ensemble_weights(n, self.exp_weight, self.favours)))
+            self._chunks = np.empty((horizon, *chunk.shape))
+        elif self._chunks.shape[1:] != chunk.shape:
+            raise ExecutionError(f"a chunk of shape {chunk.shape} after chunks of {self._chunks.shape[1:]}")
+        self._chunks[self._n_looks % horizon] = chunk
+        # A chunk of `horizon` steps says something about `horizon` steps, this one included; the oldest first.
+        age = np.arange(min(self._n_looks + 1, horizon))[::-1]
+        said = self._chunks[(self._n_looks - age) % horizon, age]
+        self._n_looks += 1
+        return self._send(self._average(said, ensemble_weights(len(said), self.exp_weight, self.favours)))
 
     def reset(self) -> None:
         """Forget all chunks; call it at the start of every episode."""
         super().reset()
-        self._chunks = None
+        self._chunks, self._n_looks = None, 0
 
     def _average(self, said: np.ndarray, weights: np.ndarray) -> np.ndarray:
         """(n, dof) predictions and (n,) weights to (dof,)."""
