@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from hf_vla_actions import AutoModelForActionPrediction
 from hf_vla_actions.actions import ActionStats, NormStats
 from hf_vla_actions.data import ChunkDataset, LeRobotDataset
 from hf_vla_actions.data.lerobot_writer import LeRobotWriter
+from hf_vla_actions.data.transforms_table import Transform
 from hf_vla_actions.errors import DatasetError, TrainingError
 from hf_vla_actions.train import ActionCollator, VLATrainer, VLATrainingArguments
 from hf_vla_actions.train.__main__ import main
@@ -16,6 +18,12 @@ from hf_vla_actions.train.arguments import DataArguments, ModelArguments
 from hf_vla_actions.train.order import TrainingOrder
 from hf_vla_actions.train.parts import mixture_of, parts_of
 
+SCALED = Transform(
+    "scaled",
+    lambda actions, states: (actions, states, np.arange(len(actions))),
+    SPACE,
+    replace(SPACE, units=("0.05 m",) * 3 + ("rad",) * 3 + (None,)),
+)
 PICTURES = {"top": (48, 48, 3)}
 
 
@@ -162,3 +170,22 @@ def test_datasets_of_other_dimensions_or_weights_raise(base, folders, tmp_path, 
     assert main([*command_line(base, folders, tmp_path / "o"), *taco]) == 2
     assert "mixture" in capsys.readouterr().err
     assert not (tmp_path / "o").exists()
+
+
+def test_plan_of_a_mixture_with_a_transform_for_one_of_them(base, folders, tmp_path, capsys):
+    out = tmp_path / "out"
+    argv = [*command_line(base, folders, out), "--dataset_weights", "0.75", "0.25", "--dry_run"]
+    assert main([*argv, "--transform", "test_train_mixture:SCALED", "none"]) == 0
+    text = capsys.readouterr().out
+    lines = text.splitlines()
+    words = next(line for line in lines if line.startswith("mixture: ")).replace(",", "").split()
+    assert words[2::2] == ["small", "large"]
+    shares = [float(word.rstrip("%")) for word in words[1::2]]
+    np.testing.assert_allclose(shares, [75, 25], atol=3)  # of few samples
+    units = [line.split(maxsplit=1)[1] for line in lines if line.startswith("  x ")]
+    assert len(units) == 2
+    assert units[0].startswith("0.05 m "), "what its transform says"
+    assert units[1].startswith("m "), "what the options say"
+    assert not out.exists()
+    assert main([*argv, "--transform", "test_train_mixture:SCALED"]) == 2
+    assert "leave out --action_names" in capsys.readouterr().err

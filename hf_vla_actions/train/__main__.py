@@ -248,7 +248,8 @@ def _plan(asked: Asked, parts) -> int:
         make_plan(model, policy, key, dataset, chunks, held_out, args, lora, skip_first=part.skip_first)
         for key, (part, dataset) in zip(keys, parts, strict=True)
     ]
-    plan = replace(plans[0], datasets=tuple(report for each in plans for report in each.datasets))
+    shares = dict(zip(keys, chunks.shares.tolist(), strict=True)) if len(keys) > 1 else {}
+    plan = replace(plans[0], datasets=tuple(report for each in plans for report in each.datasets), shares=shares)
     if args.process_index == 0:
         sys.stdout.write(plan.text())
     return 0

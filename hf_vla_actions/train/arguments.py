@@ -129,7 +129,8 @@ class DataArguments:
             "help": "What to do with the dataset's numbers first (several datasets: one for each, 'none' for nothing, or "
             "one for all): bridge_orig (as OpenVLA: first step dropped, gripper "
             "decided, actions from reached states), bridge_orig_commanded, fractal, libero, calvin, calvin_metric, or your "
-            "own as module:name. It says what the actions mean, so leave out --action_* and --gripper*."
+            "own as module:name. It says what the actions mean, so leave out --action_* and --gripper*; in a mixture they are "
+            "about the datasets with 'none'."
         },
     )
     horizon: int | None = field(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import nn
@@ -81,6 +82,7 @@ class TrainingPlan:
         steps: of the training.
         datasets: what is odd about the numbers.
         held_out: chunks to evaluate on.
+        shares: of the samples that each dataset of a mixture gives, by its `unnorm_key`.
     """
 
     how: str
@@ -90,6 +92,7 @@ class TrainingPlan:
     steps: Steps
     datasets: tuple[SanityReport, ...]
     held_out: int
+    shares: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def trained(self) -> int:
@@ -119,6 +122,8 @@ class TrainingPlan:
         lines.append(
             f"steps: {s.total:,} of {s.batch} samples, {s.an_epoch:,} an epoch of {s.samples:,} samples{held_out}"
         )
+        if self.shares:
+            lines.append("mixture: " + ", ".join(f"{share:.1%} {name}" for name, share in self.shares.items()))
         values = ", ".join(f"{name} {_size(value)}" for name, value in asdict(m).items())
         lines.append(f"memory of one device, about {_size(m.total)}: {values}")
         lines.append(f"  ({FORMULA})")
