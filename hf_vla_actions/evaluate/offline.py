@@ -18,6 +18,7 @@ from hf_vla_actions.errors import VLAActionsError
 from hf_vla_actions.evaluate.agreement import adds_up, agreement, grid_codes, position_dims
 from hf_vla_actions.evaluate.conflicts import Conflicts, conflicts_of, listed
 from hf_vla_actions.evaluate.offline_report import OfflineReport
+from hf_vla_actions.evaluate.sampled import predict_samples
 from hf_vla_actions.evaluate.teacher_forced import Told, tell
 from hf_vla_actions.metrics import (
     action_metrics,
@@ -53,7 +54,8 @@ def evaluate_offline(
 
     Args:
         policy: a policy, or a PEFT model around one.
-        chunks: ChunkDataset (or a Subset of one) of the policy's horizon: held-out episodes, or those of the training.
+        chunks: ChunkDataset (or a Subset of one) of the policy's horizon, for a head that sees a window with its history:
+            held-out episodes, or those of the training.
         unnorm_key: which statistics and action space; may be left out if there is one.
         constraints: judged, not imposed, beside the policy's permanent limits: how often and how far predictions break
             them.
@@ -86,7 +88,7 @@ def evaluate_offline(
     starts = range(0, len(rows), batch_size)
     with _ready(base, config, seed):
         batches = [
-            _predict(base, key, [chunks[int(row)] for row in rows[start : start + batch_size]])
+            _predict(base, key, [chunks[int(row)] for row in rows[start : start + batch_size]], seed)
             for start in tqdm(starts, desc="offline", unit="batch", disable=not progress, leave=False)
         ]
     return _report(config, key, batches, rules, last, len(chunks))
@@ -137,7 +139,7 @@ def _ready(base: Any, config: ActionConfig, seed: int) -> Iterator[None]:
             base.train(was_training)
 
 
-def _predict(base: Any, key: str, samples: Sequence[dict[str, Any]]) -> _Batch:
+def _predict(base: Any, key: str, samples: Sequence[dict[str, Any]], seed: int) -> _Batch:
     demonstrated = np.stack([sample["actions"] for sample in samples])
     wanted = (base.action_config.horizon, base.action_config.space(key).dof)
     if demonstrated.shape[1:] != wanted:
@@ -145,6 +147,9 @@ def _predict(base: Any, key: str, samples: Sequence[dict[str, Any]]) -> _Batch:
             f"chunks of {demonstrated.shape[1]} actions of {demonstrated.shape[2]} dimensions for a policy that predicts "
             f"{wanted[0]} of {wanted[1]}: make the ChunkDataset with horizon={wanted[0]}"
         )
+    pad_mask = np.stack([sample["action_pad_mask"] for sample in samples])
+    if base.action_config.head is not None:
+        return _Batch(demonstrated, pad_mask, predict_samples(base, key, samples, seed), None)
     observed: dict[str, Any] = {name: [sample[name] for sample in samples] for name in base._observed()}
     if not base.prompts.family.takes_images:
         observed["images"] = None
@@ -154,7 +159,6 @@ def _predict(base: Any, key: str, samples: Sequence[dict[str, Any]]) -> _Batch:
         observed["proprio"] = np.stack(observed["proprio"])
     inputs = base.prepare(*observed.values())
     free = base.predict_action(**inputs, unnorm_key=key, return_dict=True).actions
-    pad_mask = np.stack([sample["action_pad_mask"] for sample in samples])
     return _Batch(demonstrated, pad_mask, free, tell(base, key, samples))
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import BitsAndBytesConfig
 
 from hf_vla_actions.constraints.text import parse_constraints
 from hf_vla_actions.data import ChunkDataset, EpisodeReader, open_dataset
@@ -18,6 +19,7 @@ from hf_vla_actions.data.split import split_episodes
 from hf_vla_actions.errors import VLAActionsError, one_line_errors
 from hf_vla_actions.evaluate.offline import evaluate_offline
 from hf_vla_actions.evaluate.offline_report import OfflineReport
+from hf_vla_actions.models.adapter import quantization_of_adapter
 from hf_vla_actions.models.auto import AutoModelForActionPrediction
 from hf_vla_actions.plots import plot_offline
 
@@ -32,6 +34,7 @@ said. Keys of the JSON file begin with eval_ (held-out episodes) and train_ (fra
 action_metrics.json. Closed loop is in Python: hf_vla_actions.evaluate.rollouts, for any Gymnasium environment.
 """
 TRAINING_FILE = "training.json"
+DTYPES = ("float32", "bfloat16", "float16")
 PICTURES = (".png", ".pdf", ".svg")
 AS_TRAINED: dict[str, Any] = {
     "eval_fraction": 0.0,
@@ -75,6 +78,12 @@ def parser() -> argparse.ArgumentParser:
     add("--figure", help="also draw them, to this .png, .pdf or .svg")
     add("--oft", help="preset of an OpenVLA-OFT checkpoint that does not say its own (libero, ...)")
     add("--no_self_test", action="store_true", help="do not check first that it sees its picture and reads its words")
+    add("--dtype", choices=DTYPES, help="weights are loaded as this (default: as they are saved)")
+    add(
+        "--load_in_4bit",
+        action="store_true",
+        help="for an adapter of --load_in_4bit: on 4-bit weights, as it was trained",
+    )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", default=device, help="where the model runs (default here: %(default)s)")
     return options
@@ -99,17 +108,18 @@ def main(argv: list[str] | None = None) -> int:
     said = _as_trained(args)
     if not 0 <= args.eval_fraction < 1:
         raise VLAActionsError(f"--eval_fraction is a share from 0 to below 1, got {args.eval_fraction}")
-    policy = AutoModelForActionPrediction.from_pretrained(args.policy, self_test=False, oft=args.oft).to(args.device)
+    policy = _load(args)
     if not args.no_self_test:
         policy.self_test()
     config = policy.action_config
     cameras = args.cameras or list(config.cameras) or None
     dataset = open_dataset(args.dataset, cameras=cameras, action_key=args.action_key, transform=args.transform)
     parts = _parts(args, dataset)
+    history = 0 if config.head is None else policy.action_head.window - 1
     reports = {
         name: evaluate_offline(
             policy,
-            ChunkDataset(dataset, config.horizon, episodes=episodes, skip_first=args.skip_first),
+            ChunkDataset(dataset, config.horizon, episodes=episodes, skip_first=args.skip_first, history=history),
             unnorm_key=args.unnorm_key,
             constraints=constraints,
             batch_size=args.batch_size,
@@ -124,6 +134,23 @@ def main(argv: list[str] | None = None) -> int:
     if args.figure:
         _draw(Path(args.figure), reports)
     return 0
+
+
+def _load(args: argparse.Namespace):
+    """The policy, on the weights that were asked for."""
+    options: dict[str, Any] = {"self_test": False, "oft": args.oft}
+    if args.dtype is not None:
+        options["dtype"] = args.dtype
+    if not args.load_in_4bit:
+        return AutoModelForActionPrediction.from_pretrained(args.policy, **options).to(args.device)
+    trained_on = quantization_of_adapter(args.policy)
+    if trained_on is None:
+        raise VLAActionsError(
+            f"{args.policy} is no adapter that was trained on 4-bit weights: leave --load_in_4bit out"
+        )
+    # 4-bit weights stay where they are loaded.
+    options |= {"quantization_config": BitsAndBytesConfig(**trained_on), "device_map": {"": args.device}}
+    return AutoModelForActionPrediction.from_pretrained(args.policy, **options)
 
 
 def _as_trained(args: argparse.Namespace) -> str:

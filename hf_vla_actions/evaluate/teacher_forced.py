@@ -212,10 +212,10 @@ def tell(policy: Any, unnorm_key: str, samples: Sequence[dict[str, Any]]) -> Tol
         samples: of a `ChunkDataset`.
 
     Returns:
-        None for an OpenVLA-OFT policy: it sees no token of the chunk that it predicts.
+        None for a policy with a continuous head, as OpenVLA-OFT's: it sees no token of the chunk that it predicts.
     """
     config = policy.action_config
-    if getattr(policy.config, "oft", None) is not None:
+    if config.head is not None or getattr(policy.config, "oft", None) is not None:
         return None
     batch = ActionCollator(policy.prompts, unnorm_key)(samples)
     labels, _ = batch.pop("labels"), batch.pop("sample_ids")

@@ -24,6 +24,7 @@ from hf_vla_actions.train.arguments import (
 )
 from hf_vla_actions.train.config_file import ConfigFile, take_config, unknown_option
 from hf_vla_actions.train.head_arguments import check_head, check_no_head
+from hf_vla_actions.train.head_trainer import check_transfusion
 from hf_vla_actions.train.lora import quantized_loading
 from hf_vla_actions.train.overfit import overfit_one_batch
 from hf_vla_actions.train.parts import mixture_of, parts_of
@@ -243,6 +244,7 @@ def _plan(asked: Asked, parts) -> int:
     if isinstance(held_out, dict):
         held_out = ConcatDataset(list(held_out.values()))
     taco_loss_of(policy.action_config, args, keys)
+    check_transfusion(policy.action_config, args)
     model = model_of(policy, args, lora)
     plans = [
         make_plan(model, policy, key, dataset, chunks, held_out, args, lora, skip_first=part.skip_first)

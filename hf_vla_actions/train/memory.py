@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from hf_vla_actions.models.head_files import PREFIX
+
 NF4_BYTES = (4 + 8 / 64 + 32 / (64 * 256)) / 8
 """A weight in 4 bits, with an 8-bit scale for 64 of them and a float32 for 256 scales (arXiv 2305.14314, section 3)."""
 LOSS_BYTES = 12  # logits in float32, their softmax and their gradient
@@ -43,12 +45,14 @@ class Batch:
         tokens: of one sample in the language model, with pictures and action.
         patches: of one sample in the vision tower.
         logits: positions of one sample whose logits are computed.
+        chunk: actions of one sample, which are the tokens of a continuous head.
     """
 
     samples: int
     tokens: int
     patches: int
     logits: int
+    chunk: int = 0
 
 
 FORMULA = (
@@ -114,19 +118,24 @@ def _activations(
     model: nn.Module, output, batch: Batch, vision: tuple[str, ...], size: int, checkpointing: bool, layers: int
 ) -> int:
     seen = any(p.requires_grad for name, p in model.named_parameters() if in_vision(name, vision))
-    numbers = 0
+    numbers = head = 0
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear) or module is output or "lora_" in name:
             continue
         of_vision = in_vision(name, vision)
         if of_vision and not seen:
             continue
-        numbers += (batch.patches if of_vision else batch.tokens) * (module.in_features + module.out_features)
+        size_of = module.in_features + module.out_features
+        if PREFIX in name:
+            reads_prompt = name.endswith(("memory.1", "cross_attention.to_key_value"))
+            head += (batch.tokens if reads_prompt else batch.chunk) * size_of
+        else:
+            numbers += (batch.patches if of_vision else batch.tokens) * size_of
     if checkpointing:
         width = model.get_input_embeddings().weight.shape[1]  # type: ignore[operator, union-attr]
         numbers = numbers // layers + layers * batch.tokens * width
     rows = 0 if output is None else output.weight.shape[0]
-    return batch.samples * (numbers * size + batch.logits * rows * LOSS_BYTES)
+    return batch.samples * ((numbers + head) * size + batch.logits * rows * LOSS_BYTES)
 
 
 def in_vision(name: str, vision: tuple[str, ...]) -> bool:

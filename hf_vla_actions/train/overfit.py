@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 STEPS = 300  # where --max_steps is not given
 LOSS = 0.1  # nats a token: the right one gets 90 % of the probability
 EXACT = 1e-9  # of the range of a dimension
+NEAR = 0.02  # of the range of a dimension, on average over a chunk: what a continuous head can be asked for
 
 
 @dataclass(frozen=True)
@@ -51,13 +52,16 @@ class Verdict:
         sides = f"loss {self.loss:.4g} (wanted below {LOSS:g}), {self.exact} of {self.chunks} chunks repeated exactly"
         if self.passed:
             return f"overfit one batch: PASSED, {sides}\n"
-        why = "more --max_steps or another --learning_rate; then look at what is frozen, at the prompt and at the loss"
-        if self.torn:
-            why = (
-                f"{self.torn} chunks have the pictures and the instruction of another and other actions: no policy can "
-                "repeat all of them. Choose another --seed or dataset, or a model that sees"
-            )
-        return f"overfit one batch: FAILED, {sides}\nwhat to do: {why}\n"
+        return f"overfit one batch: FAILED, {sides}\nwhat to do: {_why(self.torn)}\n"
+
+
+def _why(torn: int) -> str:
+    if torn:
+        return (
+            f"{torn} chunks have the pictures and the instruction of another and other actions: no policy can repeat all "
+            "of them. Choose another --seed or dataset, or a model that sees"
+        )
+    return "more --max_steps or another --learning_rate; then look at what is frozen, at the prompt and at the loss"
 
 
 def overfit_one_batch(
@@ -90,7 +94,8 @@ def overfit_one_batch(
     _, metrics = fine_tune(policy, batch, args, lora=lora, unnorm_key=unnorm_key)
     if args.process_index != 0:
         return 0
-    verdict = judge(policy, batch, unnorm_key, metrics["train_loss"], args.per_device_eval_batch_size)
+    asked = (policy, batch, unnorm_key, metrics["train_loss"], args.per_device_eval_batch_size)
+    verdict = judge(*asked) if policy.action_config.head is None else judge_head(*asked)
     sys.stdout.write(verdict.text())
     return 0 if verdict.passed else 1
 
@@ -120,6 +125,49 @@ def judge(policy: Any, batch: Any, unnorm_key: str, loss: float, batch_size: int
     away = np.abs(report.predicted - wanted) > EXACT * np.maximum(report.width, 1e-3)
     exact = ~(away & report.pad_mask[..., None]).any(axis=(1, 2))
     return Verdict(len(exact), int(exact.sum()), loss, _torn(policy, batch, wanted))
+
+
+@dataclass(frozen=True)
+class HeadVerdict:
+    """Whether a policy with a continuous head has learned a batch by heart.
+
+    Args:
+        error: mean absolute error of each chunk (n,), as a share of the range of its dimensions.
+        loss: of the head.
+        torn: see `Verdict`.
+    """
+
+    error: np.ndarray
+    loss: float
+    torn: int = 0
+
+    @property
+    def passed(self) -> bool:
+        """Every chunk is within 2 % of the range of its dimensions, on average."""
+        return bool((self.error < NEAR).all())
+
+    def text(self) -> str:
+        """One or two lines."""
+        sides = (
+            f"chunks off by {self.error.mean():.2%} of the range on average, the worst by {self.error.max():.2%} (wanted below "
+            f"{NEAR:.0%}), loss {self.loss:.4g}"
+        )
+        if self.passed:
+            return f"overfit one batch: PASSED, {sides}\n"
+        return f"overfit one batch: FAILED, {sides}\nwhat to do: {_why(self.torn)}\n"
+
+
+def judge_head(policy: Any, batch: Any, unnorm_key: str, loss: float, batch_size: int = 8) -> HeadVerdict:
+    """As `judge`, for a policy with a continuous head, which repeats no number exactly."""
+    report = evaluate_offline(
+        policy, batch, unnorm_key=unnorm_key, batch_size=batch_size, max_items=None, progress=False
+    )
+    moving = report.width > 0
+    away = np.abs(report.predicted - report.demonstrated)[..., moving] / report.width[moving]
+    real = np.broadcast_to(report.pad_mask[..., None], away.shape)
+    error = np.where(real, away, 0.0).sum(axis=(1, 2)) / real.sum(axis=(1, 2))
+    wanted = np.where(report.pad_mask[..., None], report.demonstrated, 0.0)
+    return HeadVerdict(error, loss, _torn(policy, batch, wanted))
 
 
 def _torn(policy: Any, batch: Any, wanted: np.ndarray) -> int:

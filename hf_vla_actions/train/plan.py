@@ -12,8 +12,10 @@ from torch import nn
 from hf_vla_actions.data.sanity import SanityReport, check_numbers
 from hf_vla_actions.errors import TrainingError
 from hf_vla_actions.models.families import OPENVLA, family_of
+from hf_vla_actions.models.head_collator import HeadCollator
+from hf_vla_actions.models.head_files import PREFIX
 from hf_vla_actions.train.arguments import LoraArguments, VLATrainingArguments
-from hf_vla_actions.train.collator import ActionCollator
+from hf_vla_actions.train.collator import IGNORED, ActionCollator
 from hf_vla_actions.train.lora import cuts_weights
 from hf_vla_actions.train.memory import FORMULA, Batch, Memory, in_vision, memory_of
 
@@ -40,12 +42,13 @@ class Tokens:
     Args:
         text: of the prompt.
         image: of all pictures.
-        action: of the chunk and the closing token.
+        action: of the chunk and the closing token; with a continuous head its learned embeddings.
     """
 
     text: int
     image: int
     action: int
+    what: str = "action and end"
 
     @property
     def total(self) -> int:
@@ -117,7 +120,7 @@ class TrainingPlan:
             f"  {p.name:<18}{p.trained:>16,} of {p.total:>16,}{p.trained / p.total:>10.3%}" for p in whole if p.total
         ]
         t, s, m = self.tokens, self.steps, self.memory
-        lines.append(f"tokens a sample: {t.total} ({t.text} text, {t.image} image, {t.action} action and end)")
+        lines.append(f"tokens a sample: {t.total} ({t.text} text, {t.image} image, {t.action} {t.what})")
         held_out = f", {self.held_out:,} held out" if self.held_out else ""
         lines.append(
             f"steps: {s.total:,} of {s.batch} samples, {s.an_epoch:,} an epoch of {s.samples:,} samples{held_out}"
@@ -224,13 +227,15 @@ def count_parts(model: nn.Module, policy, args: VLATrainingArguments) -> tuple[P
         "input embeddings": _path(policy, policy.get_input_embeddings()),
         "output layer": _path(policy, policy.get_output_embeddings()),
     }
-    rows = policy.action_config.vocabulary.token_ids.size
-    counts = {name: [0, 0] for name in ("vision tower", "projector", "language model", *embeddings)}
+    vocabulary = policy.action_config.vocabulary
+    rows = None if vocabulary is None else vocabulary.token_ids.size
+    counts = {name: [0, 0] for name in ("vision tower", "projector", "language model", *embeddings, "action head")}
     for name, parameter in model.named_parameters():
-        part = next((part for part, modules in places.items() if in_vision(name, modules)), None)
+        part = "action head" if PREFIX in name else None
+        part = part or next((part for part, modules in places.items() if in_vision(name, modules)), None)
         part = part or next((p for p, path in embeddings.items() if f".{path}." in f".{name}"), "language model")
         trained = parameter.numel() if parameter.requires_grad else 0
-        if args.freeze_text_embeddings and part in embeddings and model is policy:
+        if args.freeze_text_embeddings and part in embeddings and model is policy and rows is not None:
             trained = rows * parameter[0].numel()
         counts[part][0] += trained
         counts[part][1] += parameter.numel()
@@ -267,6 +272,10 @@ def _tokens(policy, unnorm_key: str, chunks, batch_size: int) -> tuple[Tokens, B
     for i in range(0, len(chunks), max(1, len(chunks) // 16)):
         texts.setdefault(chunks[i]["instruction"], i)
     sample = chunks[texts[max(texts, key=len)]]
+    if policy.action_config.head is not None:
+        return _tokens_of_head(
+            policy, HeadCollator(policy.prompts, unnorm_key, window=policy.action_head.window)([sample]), batch_size
+        )
     made = ActionCollator(policy.prompts, unnorm_key)([sample])
     action = made["labels"].shape[1]
     family = family_of(policy.config)
@@ -278,6 +287,22 @@ def _tokens(policy, unnorm_key: str, chunks, batch_size: int) -> tuple[Tokens, B
     text = length - action - (0 if family == OPENVLA else image)
     tokens = Tokens(text, image, action)
     return tokens, Batch(batch_size, tokens.total, patches, action + 1)
+
+
+def _tokens_of_head(policy, made: dict[str, Any], batch_size: int) -> tuple[Tokens, Batch]:
+    """The same of a batch of one sample for a continuous head; one with a window reads a prompt for each step."""
+    head, looks, family = policy.action_head, len(made["input_ids"]), family_of(policy.config)
+    labels = made.get("labels")
+    action = head.n_slots if labels is None else int((labels != IGNORED).sum())
+    image_id = getattr(policy.config, "image_token_id", getattr(policy.config, "image_token_index", None))
+    ids = made["input_ids"][0]
+    image = 0 if image_id is None else int((ids == image_id).sum())
+    text = len(ids) - image - (0 if labels is None else action)
+    what = "action and end" if labels is not None else "of the head"
+    tokens = Tokens(text, image, action, what if looks == 1 else f"{what}; {looks} prompts a sample, one a step")
+    logits = 0 if labels is None else len(ids)
+    patches = _patches(policy, family.vision_modules, made) // looks
+    return tokens, Batch(batch_size * looks, tokens.total, patches, logits, head.config.horizon)
 
 
 def _patches(policy, vision: tuple[str, ...], made: dict[str, Any]) -> int:

@@ -13,7 +13,8 @@ PARTS = {"eval": "held-out episodes", "train": "a sample of what it saw"}
 def summary_of(metrics: Mapping[str, float], config: ActionConfig, unnorm_keys: Sequence[str]) -> str:
     """A line for each part of the data, for people; `action_metrics.json` has all numbers.
 
-    Each token was predicted from the demonstrated ones before it; `hf-vla eval` asks the policy on its own.
+    Each token was predicted from the demonstrated ones before it; `hf-vla eval` asks the policy on its own. A continuous
+    head is asked as in use.
 
     Args:
         metrics: as `fine_tune` returns them.
@@ -23,6 +24,7 @@ def summary_of(metrics: Mapping[str, float], config: ActionConfig, unnorm_keys: 
     Returns:
         Lines; none for what was not measured.
     """
+    how = "each token told those before" if config.head is None else "chunks of its head"
     lines = []
     for prefix, what in PARTS.items():
         for key in unnorm_keys:
@@ -32,9 +34,7 @@ def summary_of(metrics: Mapping[str, float], config: ActionConfig, unnorm_keys: 
                 {n.removeprefix(start): v for n, v in metrics.items() if n.startswith(start)}, config, key
             )
             if numbers:
-                lines.append(
-                    f"{what}{f' of {key}' if mixed else ''}, each token told those before: {', '.join(numbers)}\n"
-                )
+                lines.append(f"{what}{f' of {key}' if mixed else ''}, {how}: {', '.join(numbers)}\n")
     return "".join(lines)
 
 
