@@ -63,8 +63,8 @@ def save_adapter(model, folder: str | Path, **kwargs: Any) -> None:
     _write_or_remove(Path(folder) / QUANTIZATION_FILE, policy.config.to_dict().get("quantization_config"))
     # Known from the start where this package made the adapter; weights may be cut over processes by now.
     known = model.__dict__.get("base_fingerprint")
-    base = BaseFingerprint.of(policy) if known is None else known
-    _write_or_remove(Path(folder) / BASE_FILE, None if base is None else base.to_dict())
+    mark = BaseFingerprint.of(policy) if known is None else known
+    _write_or_remove(Path(folder) / BASE_FILE, None if mark is None else mark.to_dict())
     if policy.config.model_type == OPENVLA_TYPE:
         # Where the original's readers look for them; its config.json stays with the base.
         share_statistics(policy)
