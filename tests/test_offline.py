@@ -10,7 +10,15 @@ from test_fast_processor import smooth
 from test_train import SEVEN, arguments, write_dataset
 from tiny import NAMES, SPACE, STATS, save_native_llava, sharpen, tiny_llama, tiny_llava, tiny_tokenizer
 
-from hf_vla_actions import ActionConfig, ActionVocabulary, FASTActionTokenizer, NormStats, VQActionTokenizer, to_vla
+from hf_vla_actions import (
+    ActionConfig,
+    ActionVocabulary,
+    AutoModelForActionPrediction,
+    FASTActionTokenizer,
+    NormStats,
+    VQActionTokenizer,
+    to_vla,
+)
 from hf_vla_actions.cli import main
 from hf_vla_actions.constraints import KeepOut, Range, Rate, Speed
 from hf_vla_actions.data import ChunkDataset, LeRobotDataset
@@ -18,9 +26,11 @@ from hf_vla_actions.data.split import split_episodes
 from hf_vla_actions.errors import ActionSpaceError, VLAActionsError
 from hf_vla_actions.evaluate import evaluate_offline
 from hf_vla_actions.evaluate.conflicts import conflicts_of
+from hf_vla_actions.models import save_adapter
 from hf_vla_actions.plots import plot_agreement, plot_error_by_step
-from hf_vla_actions.train import ActionCollator, VLATrainer
+from hf_vla_actions.train import ActionCollator, LoraArguments, VLATrainer, add_lora
 from hf_vla_actions.train.collator import action_loss
+from hf_vla_actions.train.lora import quantization_of
 from hf_vla_actions.train.overfit import Verdict, judge
 
 HORIZON = 3
@@ -365,3 +375,25 @@ def test_what_was_predicted_and_demonstrated_is_drawn_to_one_scale_and_all_of_it
     along.figure.canvas.draw()
     box = along.get_legend().get_window_extent().transformed(along.transData.inverted())
     assert box.y0 > 90, "it hides no number"
+
+
+def test_command_loads_the_weights_it_is_told_to(saved, dataset, tmp_path, capsys):
+    pytest.importorskip("bitsandbytes")
+    adapter, numbers = tmp_path / "adapter", {}
+    on_four_bits = {
+        "quantization_config": quantization_of(LoraArguments(use_peft=True, load_in_4bit=True)),
+        "device_map": {"": "cpu"},
+    }
+    base = AutoModelForActionPrediction.from_pretrained(saved, self_test=False, **on_four_bits)
+    save_adapter(add_lora(base, LoraArguments(use_peft=True, lora_r=2)), adapter)
+    for word, loading in {"": {}, "--dtype bfloat16": {"dtype": "bfloat16"}, "--load_in_4bit": on_four_bits}.items():
+        options = [*word.split(), "--output", str(tmp_path / "eval.json"), "--episodes", "0", "--device", "cpu"]
+        assert command(adapter, dataset, *options) == 0
+        found = json.loads((tmp_path / "eval.json").read_text())
+        policy = AutoModelForActionPrediction.from_pretrained(adapter, self_test=False, **loading)
+        chunks = ChunkDataset(dataset, HORIZON, episodes=[0])
+        numbers[word] = evaluate_offline(policy, chunks, progress=False).metrics["free_l1/yaw"]
+        assert found["eval_free_l1/yaw"] == pytest.approx(numbers[word])
+    assert numbers["--load_in_4bit"] != numbers[""]
+    assert command(saved, dataset, "--load_in_4bit") == 2
+    assert "no adapter that was trained on 4-bit weights" in capsys.readouterr().err
