@@ -3,7 +3,7 @@
     python benchmarks/multimodal.py --output multimodal.json [--policies outputs/multimodal] [--seeds 0 1 2] [--only bins flow]
     python benchmarks/multimodal.py --output quick.json --quick
 
-Every row is one policy of one training seed, judged on the same unseen episodes at four walls: the same small Llama, the same
+Every row is one policy of one training seed, judged on the same unseen episodes at five walls: the same small Llama, the same
 demonstrations of a seed in the same order, the same number of steps; 8 actions predicted, 4 carried out. Each seed has
 demonstrations of its own. `multimodal_world.py` says what the task is, `multimodal_training.py` what the policies are.
 
@@ -42,7 +42,7 @@ from tokens import commit
 from transformers import set_seed
 from transformers.utils import logging as transformers_logging
 
-QUICK = Setting(half_lengths=(0.0, 0.065), demonstrations=4, steps=3, batch_size=4, judged=2, max_steps=6)
+QUICK = Setting(blocked=(0.0, 0.07), demonstrations=4, steps=3, batch_size=4, judged=2, max_steps=6)
 
 
 class Results:
@@ -133,21 +133,29 @@ def count(seeds: Sequence[Sequence[dict[str, Any]]], wall: int, what: str) -> tu
 
 
 def tables(content: dict[str, Any]) -> str:
-    """Markdown: clean successes of each policy at each wall, then what happened at the shortest and the longest one."""
-    halves, found = content["setting"]["half_lengths"], policies(content["rows"])
-    head = ["clean success", *(f"wall {2000 * half:.0f} mm" for half in halves), "seeds"]
+    """Markdown: clean successes of each policy at each wall, then what happened at each."""
+    blocked, found = content["setting"]["blocked"], policies(content["rows"])
+    head = ["clean success", *(f"{1000 * b:.0f} mm blocked" for b in blocked), "seeds"]
     lines = [head, ["---"] * len(head)]
     for name, seeds in found.items():
         cells = []
-        for wall in range(len(halves)):
+        for wall in range(len(blocked)):
             hits, n = count(seeds, wall, "clean")
             low, high = wilson(hits, n)
             each = ", ".join(f"{len(walls[wall]['clean']) / walls[wall]['episodes']:.2f}" for walls in seeds)
             cells.append(f"{hits / n:.2f} ({low:.2f}..{high:.2f}; {each})")
         lines.append([name, *cells, str(len(seeds))])
     text = "".join("| " + " | ".join(line) + " |\n" for line in lines)
-    for wall in range(len(halves)):
-        head = [f"wall {2000 * halves[wall]:.0f} mm", "clean", "touched", "arrived", "left", "right", "never passed"]
+    for wall in range(len(blocked)):
+        head = [
+            f"{1000 * blocked[wall]:.0f} mm blocked",
+            "clean",
+            "touched",
+            "arrived",
+            "left",
+            "right",
+            "never passed",
+        ]
         lines = [head, ["---"] * len(head)]
         for name, seeds in found.items():
             shares = {w: np.divide(*count(seeds, wall, w)) for w in ("clean", "touched", "arrived", "left", "right")}

@@ -145,7 +145,9 @@ def learn(policy, bench: Bench, name: str) -> list[float]:
     setting = bench.setting
     loss, parameters = bench.loss(policy), list(policy.parameters())
     set_seed(bench.seed)
-    optimizer = torch.optim.AdamW(parameters, lr=setting.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(
+        parameters, lr=setting.learning_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True
+    )
     schedule, found = _schedule(optimizer, setting.steps), []
     batches = _batches(len(bench.train), setting.batch_size, setting.steps, bench.seed)
     policy.train()

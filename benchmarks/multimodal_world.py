@@ -1,8 +1,10 @@
 """The task of `multimodal.py`: two equally long ways round a wall, and how long the wall is.
 
 The world is `TabletopEnv("detour")`. Tool, wall and block stand on one line, and the expert of the demo goes left or right of
-the wall, each in half of the episodes. The average of its ways is the straight one. How infeasible that is, the length of
-the wall says: from the middle of it, half its length and the tool's radius lie between the straight way and the next free one.
+the wall, each in half of the episodes. The average of its ways is the straight one. How infeasible that is, the wall says: a
+tool in the middle of it has `blocked` meters to either side until it is free, which is half the wall's length and the tool's
+radius. Less than that radius (8 mm) is blocked by a post that the tool may overlap, and 0 by nothing: the expert goes round
+all the same, 14 mm beside what is blocked.
 
 Two things are easier than in the demo, so that eight policies with three seeds each are learned on a CPU: the tool comes down
 by itself, so an action is a move in the plane; and what is to be seen stands in the sentence, rounded to 4 mm (as the state
@@ -13,7 +15,7 @@ of pi0-FAST stands in its prompt, arXiv 2501.09747), so no network has to learn 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import gymnasium
@@ -22,7 +24,7 @@ from tqdm.auto import tqdm
 
 from hf_vla_actions import ActionSpace
 from hf_vla_actions.demo.expert import Expert
-from hf_vla_actions.demo.world import ACTION_FRAME, RATE_HZ, TABLE, TabletopEnv
+from hf_vla_actions.demo.world import ACTION_FRAME, RATE_HZ, TABLE, TOOL_RADIUS, TabletopEnv
 from hf_vla_actions.evaluate import Rollout, rollouts
 
 KEY, HORIZON, DOF = "tabletop", 8, 2
@@ -37,7 +39,7 @@ class Setting:
     """How much of everything.
 
     Args:
-        half_lengths: of the walls, meters; every policy learns all of them.
+        blocked: to each side by the walls, meters; every policy learns all of them.
         demonstrations: episodes of each wall.
         noise: standard deviation in meters of what is added to the x of a move that is carried out (DART).
         steps: of the optimizer for each policy.
@@ -48,23 +50,33 @@ class Setting:
         max_steps: of an episode.
     """
 
-    half_lengths: tuple[float, ...] = (0.0, 0.015, 0.035, 0.065)
-    demonstrations: int = 400
+    blocked: tuple[float, ...] = (0.0, 0.004, 0.012, 0.03, 0.07)
+    demonstrations: int = 320
     noise: float = 0.002
     steps: int = 1000
     batch_size: int = 32
     learning_rate: float = 1.5e-3
-    judged: int = 60
+    judged: int = 50
     execute: int = 4
     max_steps: int = 32
 
 
 class Plane(gymnasium.Wrapper):
-    """The world with moves (x, y) in meters, and what there is to see in the sentence."""
+    """The world with moves (x, y) in meters, a wall of any length, and what there is to see in the sentence.
+
+    Args:
+        env: with the task "detour".
+        blocked: to each side of the middle of the wall, meters.
+    """
+
+    def __init__(self, env: TabletopEnv, blocked: float):
+        super().__init__(env)
+        self.blocked = blocked
 
     def reset(self, **options):
         """A new episode."""
         obs, info = self.env.reset(**options)
+        self._world.wall = replace(self._world.wall, half_length=self.blocked - TOOL_RADIUS)  # type: ignore[type-var]
         return self._told(obs), info
 
     def step(self, action: np.ndarray):
@@ -78,30 +90,29 @@ class Plane(gymnasium.Wrapper):
         return cast(TabletopEnv, self.unwrapped)
 
     def _told(self, obs: dict[str, Any]) -> dict[str, Any]:
-        return {**obs, "instruction": sentence(self._world)}
+        return {**obs, "instruction": sentence(self._world, self.blocked)}
 
 
-def make_env(half_length: float, max_steps: int) -> Plane:
-    """The world with a wall of that length."""
-    env = TabletopEnv("detour", image_size=16, num_blocks=1, wall_half_length=half_length, max_episode_steps=max_steps)
-    return Plane(env)
+def make_env(blocked: float, max_steps: int) -> Plane:
+    """The world with a wall that blocks so much."""
+    return Plane(TabletopEnv("detour", image_size=16, num_blocks=1, max_episode_steps=max_steps), blocked)
 
 
-def sentence(env: TabletopEnv) -> str:
-    """Tool and block as seen from the middle of the wall, and half the wall's length; x, y, block y in grains, mm."""
+def sentence(env: TabletopEnv, blocked: float) -> str:
+    """x and y of the tool and y of the block from the middle of the wall in grains, and what it blocks in mm."""
     wall = env.wall
     assert wall is not None
     middle = np.array(wall.center)
     x, y = np.round((env.pose[:2] - middle) / GRAIN).astype(int)
     block = round((env.blocks[env.target][1] - middle[1]) / GRAIN)
-    return f"detour x{x} y{y} b{block} w{1000 * wall.half_length:.0f}"
+    return f"detour x{x} y{y} b{block} w{1000 * blocked:.0f}"
 
 
 def words(setting: Setting) -> list[str]:
     """Every word that a sentence may have."""
     far = int(2 * TABLE / GRAIN) + 1
     places = [f"{axis}{n}" for axis in "xyb" for n in range(-far, far + 1)]
-    return ["detour", *places, *(f"w{1000 * half:.0f}" for half in setting.half_lengths)]
+    return ["detour", *places, *(f"w{1000 * blocked:.0f}" for blocked in setting.blocked)]
 
 
 @dataclass(frozen=True)
@@ -120,10 +131,10 @@ def demonstrate(setting: Setting, first_seed: int, episodes: int | None = None) 
     """What the expert does; after it has arrived it stays, so that every chunk is whole."""
     rng, told, chunks, first = np.random.default_rng(first_seed), [], [], []
     episodes = setting.demonstrations if episodes is None else episodes
-    for half in setting.half_lengths:
-        env = make_env(half, 60)
+    for blocked in setting.blocked:
+        env = make_env(blocked, 60)
         expert = Expert(env, rng)
-        for seed in tqdm(range(first_seed, first_seed + episodes), desc=f"wall {half} m", leave=False):
+        for seed in tqdm(range(first_seed, first_seed + episodes), desc=f"{blocked} m blocked", leave=False):
             obs, _ = env.reset(seed=seed)
             actions, seen, done = [], [], False
             while not done:
@@ -143,7 +154,7 @@ class Judged:
     """What one policy did at one wall.
 
     Attributes:
-        half_length: of the wall, meters.
+        blocked: to each side of the middle of the wall, meters.
         episodes: how many.
         clean: seeds that arrived and never touched the wall.
         arrived: seeds that arrived, touching it or not.
@@ -154,7 +165,7 @@ class Judged:
         paths: some ways of the tool from the middle of the wall, mm.
     """
 
-    half_length: float
+    blocked: float
     episodes: int
     clean: list[int] = field(default_factory=list)
     arrived: list[int] = field(default_factory=list)
@@ -175,21 +186,21 @@ def stopped(episode: Rollout) -> int:
 def judge(predict: Callable, setting: Setting, name: str, n_paths: int = 0) -> list[Judged]:
     """Closed-loop episodes at every wall, on the same seeds for every policy."""
     seeds, out = range(UNSEEN, UNSEEN + setting.judged), []
-    for half in setting.half_lengths:
+    for blocked in setting.blocked:
         episodes = rollouts(
-            lambda half=half: make_env(half, setting.max_steps),  # type: ignore[misc]
+            lambda blocked=blocked: make_env(blocked, setting.max_steps),  # type: ignore[misc]
             predict,
             seeds,
             max_steps=setting.max_steps,
             execute_steps=setting.execute,
-            description=f"{name}, wall {half} m",
+            description=f"{name}, {blocked} m blocked",
         )
-        out.append(_judged(episodes, half, n_paths))
+        out.append(_judged(episodes, blocked, n_paths))
     return out
 
 
-def _judged(episodes: Sequence[Rollout], half: float, n_paths: int) -> Judged:
-    judged, env = Judged(half, len(episodes)), make_env(half, 1)
+def _judged(episodes: Sequence[Rollout], blocked: float, n_paths: int) -> Judged:
+    judged, env = Judged(blocked, len(episodes)), make_env(blocked, 1)
     for episode in episodes:
         number = episode.seed - UNSEEN
         env.reset(seed=episode.seed)

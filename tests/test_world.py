@@ -163,21 +163,6 @@ def test_both_ways_round_are_taken_and_equally_long():
     assert np.mean(steps["left"]) == pytest.approx(np.mean(steps["right"]), abs=0.5)
 
 
-@pytest.mark.parametrize("half", [0.0, 0.03, 0.08])
-def test_a_wall_of_any_length_is_passed_on_both_sides_without_touching_it(half):
-    env, sides = TabletopEnv("detour", wall_half_length=half), set()
-    for seed in range(40):
-        env.reset(seed=seed)
-        assert env.wall.half_length == half
-        expert = Expert(env, seed=seed)
-        while not env.success:
-            action, before = expert(), env.pose[:2]
-            env.step(action)
-            np.testing.assert_allclose(env.pose[:2], before + action[:2], atol=1e-12)
-        sides.add(expert.side)
-    assert sides == {"left", "right"}
-
-
 def test_every_block_and_the_tool_are_visible_from_the_start():
     env = TabletopEnv("reach", num_blocks=len(COLORS))
     for seed in range(20):
@@ -231,8 +216,6 @@ def test_wrong_arguments_raises():
         lambda: TabletopEnv(num_blocks=3),
         lambda: TabletopEnv(num_blocks=0),
         lambda: TabletopEnv(image_size=4),
-        lambda: TabletopEnv(wall_half_length=0.081),
-        lambda: TabletopEnv(wall_half_length=float("nan")),
         lambda: Expert(TabletopEnv(), max_step=0.0),
         lambda: TabletopEnv().step(action()),
     ):

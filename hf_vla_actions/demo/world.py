@@ -50,7 +50,6 @@ CONTACT = BLOCK_RADIUS + TOOL_RADIUS
 PUSH_HEIGHT = 0.035  # below this the tool touches blocks
 REACH_HEIGHT = 0.08  # below this a block counts as reached
 PLATE_RADIUS = 0.04
-LONGEST_WALL = 0.08  # half of it, meters; it stands up to 0.04 from the middle, and the tool needs room to pass
 _SUBSTEP = 0.004  # meters between two looks at contacts
 _BACKGROUND, _WALL_COLOR, _PLATE_COLOR, _TOOL_COLOR = (255, 255, 255), (60, 60, 60), (200, 200, 200), (0, 0, 255)
 
@@ -94,7 +93,6 @@ class TabletopEnv(gymnasium.Env):
         image_size: Edge of the square picture, pixels.
         num_blocks: Blocks on the table, 1 or 2, all of different colors.
         tolerance: Horizontal distance that counts as reached, meters.
-        wall_half_length: Half of the wall of "detour", meters: how far out of the way the average of both ways is.
         max_episode_steps: Steps until `truncated`; 24 for reach, 48 otherwise, unless given.
         render_mode: None or "rgb_array".
     """
@@ -108,7 +106,6 @@ class TabletopEnv(gymnasium.Env):
         image_size: int = 48,
         num_blocks: int = 2,
         tolerance: float = 0.025,
-        wall_half_length: float = Wall.half_length,
         max_episode_steps: int | None = None,
         render_mode: str | None = None,
     ):
@@ -118,10 +115,7 @@ class TabletopEnv(gymnasium.Env):
             raise WorldError(f"num_blocks must be 1 to {len(COLORS)} (one per color), got {num_blocks}.")
         if image_size < 16:
             raise WorldError(f"image_size must be at least 16 pixels, got {image_size}.")
-        if not 0 <= wall_half_length <= LONGEST_WALL:
-            raise WorldError(f"wall_half_length must be 0 to {LONGEST_WALL} m (room to pass), got {wall_half_length}.")
         self.task, self.image_size, self.num_blocks, self.tolerance = task, image_size, num_blocks, tolerance
-        self.wall_half_length = wall_half_length
         self.max_episode_steps = max_episode_steps or (24 if task == "reach" else 48)
         self.render_mode = render_mode
         self.episode = 0  # number of resets; tells an expert that a new episode began
@@ -192,7 +186,7 @@ class TabletopEnv(gymnasium.Env):
         taken: list[np.ndarray] = []
         if self.task == "detour":
             x = rng.uniform(-0.04, 0.04)
-            self.wall = Wall((x, rng.uniform(-0.015, 0.015)), self.wall_half_length)
+            self.wall = Wall((x, rng.uniform(-0.015, 0.015)))
             taken.append(np.array([x, rng.uniform(0.07, 0.10)]))
             self._pose[:2] = x, rng.uniform(-0.13, -0.09)
         elif self.task == "push":
