@@ -67,7 +67,7 @@ def run(policy, clock, periods):
     return np.array(actions)
 
 
-quarters = st.integers(0, 60).map(lambda n: n * PERIOD / 4)
+quarters = st.integers(0, 32).map(lambda n: n * PERIOD / 4)
 EPISODE = st.tuples(st.lists(st.tuples(st.integers(1, 4), st.integers(0, 3)), min_size=1, max_size=25))
 
 
@@ -75,7 +75,7 @@ EPISODE = st.tuples(st.lists(st.tuples(st.integers(1, 4), st.integers(0, 3)), mi
 @given(
     latencies=st.lists(quarters, min_size=1, max_size=12),
     episodes=st.lists(EPISODE, min_size=1, max_size=3),
-    horizon=st.integers(1, 9),
+    horizon=st.integers(1, 14),
     execute_steps=st.integers(1, 4),
     max_in_flight=st.integers(1, 3),
 )
@@ -120,9 +120,9 @@ def test_every_action_is_that_of_the_newest_chunk_there_is_at_its_time(
 
 @settings(max_examples=150, deadline=None)
 @given(
-    latencies=st.lists(st.floats(0, 1.5), min_size=1, max_size=12),
-    waits=st.lists(st.floats(0.02, 0.5), min_size=1, max_size=40),
-    horizon=st.integers(2, 9),
+    latencies=st.lists(st.floats(0, 1.0), min_size=1, max_size=12),
+    waits=st.lists(st.floats(0.02, 0.3), min_size=1, max_size=40),
+    horizon=st.integers(2, 14),
     max_in_flight=st.integers(1, 3),
     reset_at=st.integers(0, 40),
 )
