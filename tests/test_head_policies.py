@@ -1,5 +1,7 @@
 """A continuous head on every family of models: same features in training and in use, saved and loaded, constrained."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -143,6 +145,16 @@ def test_constraints_hold_and_what_was_moved_is_said():
     assert (np.abs(out.actions[:, :, 2]) <= 0.01).all()
     np.testing.assert_allclose(out.actions - out.moved, (free.actions - free.moved), atol=1e-12)
     assert out.moved[..., 0].any()
+    report = out.confidence
+    blame = report.blame[str(Range("x", asked, 1.0))]
+    np.testing.assert_allclose(blame, np.maximum(asked - report.decoded[..., 0], 0), atol=1e-12)
+    assert set(report.blame) == {str(Range("x", asked, 1.0)), str(Range("z", -0.01, 0.01))}
+    assert f"was broken in {(blame > 1e-9).sum()} of {blame.size} steps" in report.summary()
+    json.dumps(report.to_dict(), allow_nan=False)
+    each = [[Range("x", asked, 1.0)], [Range("y", -1.0, 1.0)]]
+    apart = policy.predict_action(**inputs, constraints=each, return_dict=True).confidence
+    assert np.isnan(apart.blame[str(Range("x", asked, 1.0))][1]).all()
+    np.testing.assert_array_equal(apart.blame[str(Range("x", asked, 1.0))][0], blame[0])
     with pytest.raises(VLAActionsError, match="probabilities of tokens"):
         policy.predict_action(**inputs, mode="mask")
     with pytest.raises(ActionSpaceError, match="nothing"):

@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from transformers.utils import ModelOutput
 
 from hf_vla_actions.constraints import BoundConstraints, Context, bind
+from hf_vla_actions.decoding.moved import moved_report
 from hf_vla_actions.errors import VLAActionsError
 from hf_vla_actions.heads import ActionHead, Features, Guidance
 from hf_vla_actions.heads.guidance import Chain, Repaint, SoftPrefix
@@ -259,6 +261,7 @@ class HeadPolicyMixin(ActionPredictionMixin):
             unnorm_key=key,
             moved=actions - decoded,
             fallbacks=bound.fallbacks,
+            report=partial(moved_report, decoded, actions, config.space(key), constraints, config.limits, context),
         )
 
     def _seen(self, input_ids, inputs, proprio, key: str, memory: Memory | None) -> Features:

@@ -10,6 +10,7 @@ import numpy as np
 
 from hf_vla_actions.constraints.bound import BoundConstraints, Fallback
 from hf_vla_actions.decoding.kept import KeptWhile
+from hf_vla_actions.decoding.moved import MovedReport
 from hf_vla_actions.decoding.report import ConfidenceReport
 from hf_vla_actions.errors import VLAActionsError
 
@@ -61,7 +62,7 @@ class ActionOutput:
             while decoding, which by projection afterwards and why, and which had no effect.
         candidate: VQ: (batch,) int64 which of the likely chunks each row is: 0 the one decoded first, -1 where none was
             allowed and the first was projected. None otherwise.
-        report: makes `confidence`; None where there are no distributions over tokens.
+        report: makes `confidence`; None where there is nothing to tell.
     """
 
     actions: np.ndarray
@@ -73,7 +74,7 @@ class ActionOutput:
     fallbacks: Sequence[Fallback | None] = ()
     kept_while: Sequence[KeptWhile] = ()
     candidate: np.ndarray | None = None
-    report: Callable[[], ConfidenceReport] | None = field(default=None, repr=False)
+    report: Callable[[], ConfidenceReport | MovedReport] | None = field(default=None, repr=False)
 
     @property
     def fallback(self) -> np.ndarray:
@@ -87,13 +88,16 @@ class ActionOutput:
         return np.logical_not(self.moved.any(axis=(1, 2)))
 
     @cached_property
-    def confidence(self) -> ConfidenceReport:
-        """What constraints did to the policy's distributions; worked out when it is first asked for."""
+    def confidence(self) -> ConfidenceReport | MovedReport:
+        """What constraints did to the policy's distributions; worked out when it is first asked for.
+
+        Of a continuous head, which has no distributions: what they did to its numbers, and which of them did it.
+        """
         if self.report is None and self.kept_while:
             raise VLAActionsError(
                 "tokens of FAST and VQ stand for whole chunks: no number has a distribution to report on. What constraints did "
                 "is in kept_while, moved, certified and candidate (hf-vla predict --report prints it)"
             )
         if self.report is None:
-            raise VLAActionsError("this policy predicts numbers, not tokens: there are no distributions to report on")
+            raise VLAActionsError("this output came without a report")
         return self.report()

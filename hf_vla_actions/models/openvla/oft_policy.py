@@ -14,6 +14,7 @@ from hf_vla_actions.constraints import bind
 from hf_vla_actions.constraints.projection import STYLES
 from hf_vla_actions.decoding import TACOLogitsProcessor
 from hf_vla_actions.decoding.along import report_on
+from hf_vla_actions.decoding.moved import moved_report
 from hf_vla_actions.errors import CheckpointError, SelfTestError, VLAActionsError
 from hf_vla_actions.models.checks import NOISE_FACTOR, RELATIVE_CHANGE, SENTENCE, SENTENCES, SIZE
 from hf_vla_actions.models.generation import MODES
@@ -166,6 +167,15 @@ class OFTPolicyMixin(OFTForward, OpenVLAPolicyMixin):
             unnorm_key=key,
             moved=actions - decoded,
             fallbacks=bound.fallbacks,
+            report=partial(
+                moved_report,
+                decoded,
+                actions,
+                config.space(key),
+                asked["constraints"],
+                config.limits,
+                asked["context"],
+            ),
         )
 
     def _tokens(self, options, input_ids, inputs, key, asked) -> ActionOutput:
