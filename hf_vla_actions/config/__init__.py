@@ -8,7 +8,9 @@ from hf_vla_actions.config.action_config import (
     ActionConfig,
 )
 from hf_vla_actions.config.codes import FAST_FILE, ActionTokenizer
+from hf_vla_actions.config.presets import Preset
 from hf_vla_actions.config.source import check_source
+from hf_vla_actions.config.token_plan import TokenPlan
 
 __all__ = [
     "DEFAULT_PROMPT",
@@ -18,5 +20,7 @@ __all__ = [
     "PASS_THROUGH_TOLERANCE",
     "ActionConfig",
     "ActionTokenizer",
+    "Preset",
+    "TokenPlan",
     "check_source",
 ]

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -26,6 +26,9 @@ from hf_vla_actions.tokenizers import (
     VQActionTokenizer,
 )
 from hf_vla_actions.tokenizers.fast_length import most_codes
+
+if TYPE_CHECKING:
+    from hf_vla_actions.config.presets import Preset
 
 FILE_NAME = "action_config.json"
 FORMAT_VERSION = 1
@@ -78,6 +81,17 @@ class ActionConfig:
         for name, value in values.items():
             object.__setattr__(self, name, value)
         check_config(self)
+
+    @staticmethod
+    def preset(name: str) -> Preset:
+        """What a published policy decided ("pi0", "smolvla", "octo", ...); `.text()` says it, `.config(norm_stats)` takes it.
+
+        Raises:
+            VLAActionsError: an unknown name; the message lists those there are.
+        """
+        from hf_vla_actions.config.presets import find_preset
+
+        return find_preset(name)
 
     @property
     def is_per_number(self) -> bool:

@@ -5,6 +5,7 @@ from hf_vla_actions.heads.diffusion import DiffusionConfig, DiffusionHead
 from hf_vla_actions.heads.flow import FlowMatchingConfig, FlowMatchingHead
 from hf_vla_actions.heads.guidance import Chain, Guidance, GuidanceError, Repaint, SoftPrefix, prefix_weights
 from hf_vla_actions.heads.kinds import head_config_from_dict
+from hf_vla_actions.heads.native import NativeFlowConfig
 from hf_vla_actions.heads.parallel import ParallelConfig, ParallelHead
 from hf_vla_actions.heads.recurrent import RecurrentConfig, RecurrentHead
 from hf_vla_actions.heads.regression import RegressionConfig, RegressionHead
@@ -22,6 +23,7 @@ __all__ = [
     "GuidanceError",
     "HeadConfig",
     "HeadError",
+    "NativeFlowConfig",
     "ParallelConfig",
     "ParallelHead",
     "RecurrentConfig",

@@ -8,6 +8,7 @@ from typing import Any
 from hf_vla_actions.heads.base import HeadConfig, HeadError
 from hf_vla_actions.heads.diffusion import DiffusionConfig
 from hf_vla_actions.heads.flow import FlowMatchingConfig
+from hf_vla_actions.heads.native import NativeFlowConfig
 from hf_vla_actions.heads.parallel import ParallelConfig
 from hf_vla_actions.heads.recurrent import RecurrentConfig
 from hf_vla_actions.heads.regression import RegressionConfig
@@ -17,6 +18,7 @@ KINDS: dict[str, type[HeadConfig]] = {
     for kind in (
         DiffusionConfig,
         FlowMatchingConfig,
+        NativeFlowConfig,
         ParallelConfig,
         RecurrentConfig,
         RegressionConfig,
