@@ -92,7 +92,6 @@ def test_page_of_executors_runs_and_prints_what_it_says(capsys):
     for name in runtime.__all__:
         if name not in (
             "AsyncReport",
-            "ChunkPolicy",
             "Policy",
             "ThreadWorker",
             "Worker",

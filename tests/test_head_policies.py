@@ -21,7 +21,7 @@ from hf_vla_actions.heads import (
 )
 from hf_vla_actions.models import save_adapter
 from hf_vla_actions.models.head_files import HEAD_FILE
-from hf_vla_actions.runtime import Overlap, RealTimeChunking
+from hf_vla_actions.runtime import AsyncPolicy, Overlap, RealTimeChunking
 from hf_vla_actions.train.arguments import LoraArguments
 from hf_vla_actions.train.lora import add_lora
 
@@ -318,6 +318,10 @@ def test_a_head_with_a_history_remembers_within_an_episode_only():
     np.testing.assert_allclose(policy.action_config.unnormalize(normalized)[1][0, 0], first[3], atol=1e-5)
     with pytest.raises(VLAActionsError, match="execute_steps=1"):
         policy.policy(execute_steps=2)
+    with pytest.raises(VLAActionsError, match="steps pass unseen"):
+        AsyncPolicy(robot, 10.0, space=SPACE, execute_steps=1)
+    with pytest.raises(VLAActionsError, match="execute_steps=1"):
+        RealTimeChunking(robot, 2, delay_steps=1)
 
 
 @pytest.mark.parametrize("kind", ["flow", "regression"])
@@ -335,6 +339,8 @@ def test_chunks_go_on_from_each_other_in_real_time(kind):
     alone = plain.predict_chunk(obs)
     torch.manual_seed(1)
     going_on = plain.predict_chunk(obs, prefix=left)
+    bound = policy.policy(constraints=Range("x", -1.0, 1.0), execute_steps=3)
+    np.testing.assert_allclose(bound.predict_chunk(obs, prefix=left)[:2], first[3:5], atol=1e-9)
     np.testing.assert_allclose(going_on[:2], first[3:5], atol=1e-9)
     if kind == "flow":  # the soft part is drawn to the old plan, most where the weight is largest
         gap, free_gap = (np.abs(chunk[2:4, :3] - first[5:7, :3]).mean() for chunk in (going_on, alone))

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hf_vla_actions.actions import ActionSpace, Gripper
 from hf_vla_actions.constraints.retime import RetimedChunk, retime
 from hf_vla_actions.errors import ConstraintError, VLAActionsError
-from hf_vla_actions.runtime import ChunkPolicy
+from hf_vla_actions.runtime import RecedingHorizon
 
 DELTA = ActionSpace(["x", "y", "yaw", "grip"], delta=(True, True, True, False), gripper=Gripper("grip"))
 MIXED = ActionSpace(["x", "joint", "grip"], delta=(True, False, False), gripper=Gripper("grip"))
@@ -121,7 +121,7 @@ def test_a_policy_looks_again_after_decoded_steps(execute, looks):
         seen.append(obs["time"])
         return chunk
 
-    policy = ChunkPolicy(predict, execute)
+    policy = RecedingHorizon(predict, execute)
     taken = [float(policy({"time": time})[0]) for time in range(8)]
     assert seen == looks
     once = chunk.first(execute)[:, 0].tolist()
@@ -131,4 +131,4 @@ def test_a_policy_looks_again_after_decoded_steps(execute, looks):
 def test_more_steps_than_were_decoded_raise():
     chunk = RetimedChunk(np.zeros((4, 1)), np.array([0, 0, 0, 1]))
     with pytest.raises(VLAActionsError, match="more than the horizon 2"):
-        ChunkPolicy(lambda obs: chunk, 3)({})
+        RecedingHorizon(lambda obs: chunk, 3)({})

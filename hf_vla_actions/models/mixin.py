@@ -13,7 +13,7 @@ import torch
 from transformers import LogitsProcessorList
 
 from hf_vla_actions.config import ActionConfig
-from hf_vla_actions.constraints import Context
+from hf_vla_actions.constraints import Context, with_limits
 from hf_vla_actions.constraints.retime import RetimedChunk
 from hf_vla_actions.constraints.slower import retime_within
 from hf_vla_actions.decoding import TACOLogitsProcessor
@@ -37,7 +37,7 @@ from hf_vla_actions.models.prompts import PromptBuilder
 from hf_vla_actions.models.push_up import push_up
 from hf_vla_actions.models.shim import remove_shim, shim_in_config, write_shim
 from hf_vla_actions.models.whole_chunks import predict_whole_chunks
-from hf_vla_actions.runtime import ChunkPolicy, Overlap, remembered
+from hf_vla_actions.runtime import Overlap, RecedingHorizon, remembered
 
 
 class ActionPredictionMixin:
@@ -183,7 +183,7 @@ class ActionPredictionMixin:
         style: str = "direction",
         on_infeasible: str = "raise",
         **generate_options,
-    ) -> ChunkPolicy:
+    ) -> RecedingHorizon:
         """A policy for one robot: `policy(obs) -> action (dof,)`, `policy.reset()` at the start of an episode.
 
         Args:
@@ -210,10 +210,6 @@ class ActionPredictionMixin:
         check_choices(mode=mode, style=style, on_infeasible=on_infeasible)
 
         memory = self._memory()
-        if memory is not None and execute_steps != 1:
-            raise VLAActionsError(
-                "the head of this policy sees a window of consecutive steps, so it must look at every step: pass execute_steps=1"
-            )
         remembering = {} if memory is None else {"memory": memory}
 
         def predict_chunk(obs: Mapping[str, Any], prefix: Overlap | None = None) -> np.ndarray | RetimedChunk:
@@ -227,7 +223,7 @@ class ActionPredictionMixin:
                 if memory is not None:
                     memory.clear()
             if prefix is not None:  # what is carried out while this is predicted
-                wanted = [*([] if wanted is None else wanted), *prefix.constraints()]
+                wanted = with_limits(wanted, tuple(prefix.constraints()))
             told = remembered(known, runner.executed, space, runner.first_context)
             inputs = self.prepare(*(obs[name] for name in self._observed()))
             options = self._continuing(prefix, key, {**generate_options, **remembering})
@@ -248,7 +244,7 @@ class ActionPredictionMixin:
             )
             return chunks[0]
 
-        runner = ChunkPolicy(predict_chunk, execute_steps)
+        runner = RecedingHorizon(predict_chunk, execute_steps, every_step=memory is not None)
         return runner
 
     def _memory(self) -> Memory | None:

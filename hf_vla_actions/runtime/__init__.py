@@ -2,7 +2,7 @@
 
 from hf_vla_actions.runtime.anchor import at_anchor
 from hf_vla_actions.runtime.asynchronous import AsyncPolicy
-from hf_vla_actions.runtime.chunks import ChunkPolicy, RecedingHorizon, remembered
+from hf_vla_actions.runtime.chunks import RecedingHorizon, remembered
 from hf_vla_actions.runtime.ensemble import TemporalEnsemble, ensemble_weights
 from hf_vla_actions.runtime.overlap import Overlap, overlap_weights
 from hf_vla_actions.runtime.policy import Policy
@@ -14,7 +14,6 @@ from hf_vla_actions.runtime.workers import SimulatedClock, SimulatedWorker, Thre
 __all__ = [
     "AsyncPolicy",
     "AsyncReport",
-    "ChunkPolicy",
     "Overlap",
     "Policy",
     "RealTimeChunking",

@@ -92,6 +92,11 @@ class AsyncPolicy(ChunkRunner):
         max_in_flight: int = 1,
     ):
         super().__init__(policy, continues=True)
+        if self.every_step:
+            raise ExecutionError(
+                "this policy remembers a window of consecutive steps, and beside inference steps pass unseen: carry it out "
+                "with RecedingHorizon"
+            )
         inner = self._inner if isinstance(self._inner, RecedingHorizon) else None
         inherited = 1 if inner is None or inner.execute_steps is None else inner.execute_steps
         self.space, self.rate_hz = space, _read_rate(rate_hz, space)

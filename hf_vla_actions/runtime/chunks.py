@@ -35,6 +35,7 @@ class RecedingHorizon(ChunkRunner):
         execute_steps: decoded steps carried out before the next look (one action each, more where a chunk was
             retimed: the plan goes as far, and takes longer). None: as in the policy that was given, else the whole
             chunk.
+        every_step: the source remembers consecutive steps and has to be asked at each of them.
 
     Attributes:
         first_context: what was known when the first chunk of the episode was predicted.
@@ -45,12 +46,17 @@ class RecedingHorizon(ChunkRunner):
 
     gives_chunks = True
 
-    def __init__(self, policy: ChunkSource | Policy, execute_steps: int | None = None):
-        super().__init__(policy)
+    def __init__(self, policy: ChunkSource | Policy, execute_steps: int | None = None, *, every_step: bool = False):
+        super().__init__(policy, every_step=every_step)
         inherited = self._inner.execute_steps if isinstance(self._inner, RecedingHorizon) else None
         self.execute_steps: int | None = (
             inherited if execute_steps is None else check_steps("execute_steps", execute_steps, 1)
         )
+        if self.every_step and self.execute_steps != 1:
+            raise ExecutionError(
+                "this policy remembers a window of consecutive steps, so it must look at every one of them: "
+                f"execute_steps=1, got {self.execute_steps}"
+            )
         self._pending: deque[np.ndarray] = deque()
         self.first_context: Context | None = None
 
@@ -69,9 +75,6 @@ class RecedingHorizon(ChunkRunner):
         super().reset()
         self._pending.clear()
         self.first_context = None
-
-
-ChunkPolicy = RecedingHorizon  # the name that `vla.policy(...)` returns it by
 
 
 def remembered(

@@ -73,9 +73,11 @@ class ChunkRunner(Policy):
             chunks as they are (`RecedingHorizon`, `Retime`, `vla.policy(...)`), whose source, options and memory are
             taken over.
         continues: whether this one tells the source what is left of the chunk under way.
+        every_step: the source remembers consecutive steps and has to be asked at each of them.
 
     Attributes:
         predict_chunk: the source.
+        every_step: as given, or as in the policy that was given.
     """
 
     gives_chunks: ClassVar[bool] = False
@@ -84,8 +86,9 @@ class ChunkRunner(Policy):
     continues_chunks: ClassVar[bool] = False
     """Whether its source has to be told what is left of the chunk under way."""
 
-    def __init__(self, policy: ChunkSource | Policy, *, continues: bool = False):
+    def __init__(self, policy: ChunkSource | Policy, *, continues: bool = False, every_step: bool = False):
         self._inner = policy if isinstance(policy, ChunkRunner) else None
+        self.every_step = every_step or (self._inner is not None and self._inner.every_step)
         if self._inner is not None and self._inner.continues_chunks and not continues:
             raise ExecutionError(
                 f"{type(self).__name__} would leave out what {type(policy).__name__} adds: only AsyncPolicy tells a source "
