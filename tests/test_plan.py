@@ -21,6 +21,7 @@ from hf_vla_actions.models.native import load_outline
 from hf_vla_actions.train import RECIPES, LoraArguments, VLATrainingArguments
 from hf_vla_actions.train.__main__ import main
 from hf_vla_actions.train.arguments import DataArguments, ModelArguments
+from hf_vla_actions.train.collator import ActionCollator, action_loss
 from hf_vla_actions.train.memory import NF4_BYTES, Batch, memory_of
 from hf_vla_actions.train.plan import check_possible, count_parts, make_plan, steps_of
 from hf_vla_actions.train.run import model_of
@@ -113,8 +114,6 @@ def test_an_outline_has_the_trained_tensors_of_the_model(family, way, bases, rob
 
 @pytest.mark.parametrize("family", ["llava", "openvla", "qwen2_5_vl", "smolvlm", "gemma3", "llama"])
 def test_tokens_are_those_that_the_model_reads(family, bases, robot):
-    from hf_vla_actions.train.collator import ActionCollator
-
     args = training()
     policy, key, dataset, chunks = load(bases(family), robot, load_model)
     plan = make_plan(policy, policy, key, dataset, chunks, None, args, LoraArguments())
@@ -241,6 +240,69 @@ def test_memory_is_what_the_formula_says():
     small = memory_of(linear_model(), batch, layers=2, **{**options, "four_bit": True})
     assert small.weights == math.ceil(4 * 80 + NF4_BYTES * 60)
     assert found.total == found.weights + found.gradients + found.optimizer + found.activations
+
+
+def kept_for_backward(model, policy, batch, half):
+    """Bytes of what autograd saves in one forward pass, without the weights themselves."""
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # held, so that no address is used twice
+        return tensor
+
+    labels = batch.pop("labels")
+    batch.pop("sample_ids")
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), torch.autocast("cpu", enabled=half):
+        action_loss(model(**batch), labels)
+    return sum(size for size, _ in kept.values())
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize(
+    "lora",
+    [
+        LoraArguments(),
+        LoraArguments(True, lora_r=16),
+        LoraArguments(True, lora_r=16, lora_dropout=0.05),
+        LoraArguments(True, lora_r=4, lora_dropout=0.05, lora_vision=True),
+        LoraArguments(True, lora_r=16, lora_dora=True),
+    ],
+    ids=["full", "lora", "dropout", "vision", "dora"],
+)
+def test_planned_activations_are_those_that_autograd_keeps(lora, bf16, bases, robot):
+    policy, key, dataset, chunks = load(bases("llava"), robot, load_model)
+    args = training(per_device_train_batch_size=4, bf16=bf16)
+    model = model_of(policy, args, lora).train()
+    plan = make_plan(model, policy, key, dataset, chunks, None, args, lora)
+    batch = ActionCollator(policy.prompts, key)([chunks[i] for i in range(4)])
+    kept = kept_for_backward(model, policy, batch, bf16)
+    assert 0.8 < plan.memory.activations / kept < 1.3
+
+
+def test_several_processes_with_whole_weights_keep_their_gradients_twice(bases, robot, monkeypatch):
+    policy, key, dataset, chunks = load(bases("llava"), robot, load_outline)
+    model = model_of(policy, training(), LORA)
+    one = make_plan(model, policy, key, dataset, chunks, None, training(), LORA).memory
+    monkeypatch.setattr(VLATrainingArguments, "world_size", 2)
+    two = make_plan(model, policy, key, dataset, chunks, None, training(), LORA).memory
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    cut = make_plan(model, policy, key, dataset, chunks, None, training(), LORA).memory
+    assert (two.gradients, cut.gradients) == (2 * one.gradients, math.ceil(one.gradients / 2))
+
+
+def test_output_layer_with_trained_rows_stays_out_of_the_linear_layers(bases, robot):
+    policy, key, dataset, chunks = load(bases("llama"), robot, load_outline)
+    lora = LoraArguments(True, lora_r=4, load_in_4bit=True)
+    output = policy.get_output_embeddings().weight
+    model = model_of(policy, training(), lora)
+    plan = make_plan(model, policy, key, dataset, chunks, None, training(), lora)
+    linear = [m.weight for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "lora_" not in n]
+    small = sum(w.numel() for w in linear if w is not output)
+    other = sum(p.numel() * p.element_size() for p in model.parameters()) - small * output.element_size()
+    assert plan.memory.weights == pytest.approx(other + small * NF4_BYTES, abs=2)
 
 
 def command(base, robot, out, *more):
