@@ -73,6 +73,8 @@ def make_card(
     head = _metadata(facts, name, license, base, sets).to_yaml(line_break="\n").strip()
     what = "adapter (PEFT)" if facts.report.adapter is not None else "model"
     how = "whose tokens are actions" if facts.report.tokens is not None else "with a continuous head for actions"
+    if facts.report.head is not None:
+        how = f"with a continuous head for actions ({facts.report.head.kind})"
     said = f"A robot policy: {what} of the family {facts.report.family}, {how}."
     origin = f"Base model: {base or card_text.UNKNOWN}. License: {license or card_text.UNKNOWN}."
     sections = {
@@ -159,6 +161,7 @@ def _metadata(facts: Facts, name: str, license: str | None, base: str | None, da
     tags = [*TAGS]
     tags += ["lora"] if report.adapter is not None and report.adapter.type == "LORA" else []
     tags += [f"{_kind(facts.config)}-action-tokens"] if report.tokens is not None else []
+    tags += [f"{report.head.kind}-action-head"] if report.head is not None else []
     wrong = [entry for entry in (base, *datasets) if entry is not None and not is_repository(entry)]
     if wrong:
         raise CheckpointError(f"base_model and datasets are names of repositories, owner/name, got {wrong}")

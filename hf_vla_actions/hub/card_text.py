@@ -27,7 +27,7 @@ def use(facts: Facts, repository: str, base: str | None) -> str:
     order = "in this order" if len(names) > 1 else "as in training"
     known = "" if report.cameras else "; the names of the cameras are not recorded"
     files = ", ".join(f'"{_file(name)}.png"' for name in names) + ("," if len(names) == 1 else "")
-    proprio = int((report.oft or {}).get("proprio_dim") or 0)
+    proprio = _state_size(facts, key)
     given = ["images" if takes_images else "None", '"pick up the red block"', *(["state"] if proprio else [])]
     keys = f'unnorm_key="{key}"'
     lines = ["# pip install hf_vla_actions"]
@@ -192,10 +192,24 @@ def _convention(space: ActionSpace | None) -> str:
 
 
 def _tokens(facts: Facts) -> str:
-    tokens = facts.report.tokens
+    tokens, head = facts.report.tokens, facts.report.head
+    if head is not None:
+        options = ", ".join(f"`{name}={_value(value)}`" for name, value in head.options.items())
+        size = UNKNOWN if head.parameters is None else f"{head.parameters:,} numbers"
+        text = f"Actions come from a continuous head, `{head.kind}` ({size}; {options})"
+        return f"{text}, and {tokens.count} tokens of actions were learned beside it." if tokens else f"{text}."
     if tokens is None:
         return "Actions come from a continuous head."
     return f"Actions are {tokens.count} tokens (`{tokens.bins}`, layout `{tokens.layout}`)."
+
+
+def _state_size(facts: Facts, key: str) -> int:
+    """Numbers of the robot's state that the policy reads; 0 for none."""
+    head = facts.report.head
+    if head is None or head.proprio_dim is None or facts.config is None:
+        return int((facts.report.oft or {}).get("proprio_dim") or 0)
+    stats = facts.config.norm_stats[key]["proprio"]  # a head may read more, which are filled with zeros
+    return head.proprio_dim if stats is None else int(stats.dof)
 
 
 def _shape(facts: Facts, key: str) -> str:

@@ -16,10 +16,11 @@ from hf_vla_actions.config import FILE_NAME as ACTION_CONFIG_FILE
 from hf_vla_actions.config import ActionConfig
 from hf_vla_actions.errors import CheckpointError, VLAActionsError, one_line_errors
 from hf_vla_actions.hub.adapters import read_adapter
+from hf_vla_actions.hub.heads import read_head
 from hf_vla_actions.hub.inspect_dataset import is_dataset
 from hf_vla_actions.hub.inspect_dataset import main as inspect_dataset
 from hf_vla_actions.hub.meaning import check_rows, openvla_tokens, read_datasets, tokens_of
-from hf_vla_actions.hub.report import Adapter, Dataset, Report, Tokens, Weights
+from hf_vla_actions.hub.report import Adapter, Dataset, Head, Report, Tokens, Weights
 from hf_vla_actions.hub.source import Header, Source
 from hf_vla_actions.hub.weights import check_openvla, code_files, read_weights
 from hf_vla_actions.models.adapter import base_of
@@ -54,6 +55,7 @@ class _Findings:
     datasets: dict[str, Dataset] = field(default_factory=dict)
     action_config: ActionConfig | None = None
     stats: dict[str, dict[str, Any]] = field(default_factory=dict)
+    head: Head | None = None
 
     def read_meaning(self, native: PreTrainedConfig | None, fallback: Source | None, oft: dict[str, Any]) -> bool:
         """Find action tokens and statistics where loading would; returns whether it is a policy at all.
@@ -68,13 +70,16 @@ class _Findings:
             try:
                 source = self.source
                 # FAST and VQ tokenizers lie in small files of their own, which a repository gives out one by one.
-                alone = source.folder is not None or values["tokenizer"].get("type") == "uniform"
+                alone = source.folder is not None or (values["tokenizer"] or {}).get("type", "uniform") == "uniform"
                 self.action_config = (
                     ActionConfig.from_dict(values, source.folder)
                     if alone
                     else ActionConfig.from_pretrained(source.path, **source.hub)
                 )
                 self.tokens = tokens_of(self.action_config)
+                if self.action_config.head is not None:
+                    self.head, problems = read_head(source, self.action_config.head, native)
+                    self.problems += problems
             except VLAActionsError as error:
                 self.problems.append(f"{ACTION_CONFIG_FILE} cannot be used: {error}")
             except (KeyError, TypeError, AttributeError) as error:
@@ -144,7 +149,7 @@ def inspect_checkpoint(path: str, **hub: Any) -> Report:
     config = _native(found, raw, str(path))
     weights, tensors, problems = read_weights(source)
     found.problems += problems
-    oft, components = dict(raw.get("oft") or {}), _components(source)
+    oft, components = dict(raw.get("oft") or {}), _components(source) if raw.get("model_type") == OPENVLA_TYPE else {}
     is_policy = found.read_meaning(config, None, oft)
     if components or oft:
         _check_oft(found, oft, components)
@@ -222,6 +227,7 @@ def _report(
         processor=processor,
         problems=tuple(found.problems),
         notes=tuple(found.notes),
+        head=found.head,
     )
 
 

@@ -19,8 +19,10 @@ from hf_vla_actions.tokenizers import FASTActionTokenizer, UniformActionTokenize
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight")
 
 
-def tokens_of(config: ActionConfig) -> Tokens:
-    """The action tokens of a policy."""
+def tokens_of(config: ActionConfig) -> Tokens | None:
+    """The action tokens of a policy; None if it has a continuous head alone."""
+    if config.tokenizer is None:
+        return None
     ids, end = config.vocabulary.token_ids, config.vocabulary.end_token_id
     tokenizer = config.tokenizer
     if isinstance(tokenizer, UniformActionTokenizer):

@@ -22,6 +22,7 @@ from hf_vla_actions.hub.merge_report import REPORT_FILE, MergeReport
 from hf_vla_actions.hub.probe import Answers, Comparison, Probe, ask, compare
 from hf_vla_actions.models.adapter import load_adapter, quantization_of_adapter
 from hf_vla_actions.models.auto import ADAPTER_FILE, AutoModelForActionPrediction
+from hf_vla_actions.models.head_files import PREFIX
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +104,7 @@ def merge_adapter(
     kept, rows = _kept(policy, dtype), _rows(policy)
     merged = policy.merge_and_unload(safe_merge=True)
     _refuse("merged in memory", merged, probe, reference, TOLERANCES[torch.float32])
-    merged.to(dtype)
+    _to(merged, dtype)
     written = _marks(merged)
     temporary = output.with_name(f".{output.name}.merging-{os.getpid()}")
     try:
@@ -116,7 +117,7 @@ def merge_adapter(
             adapter=Path(adapter).name,
             dtype=_name(dtype),
             tensors=len(written),
-            untouched=len(kept),
+            untouched=sum(not name.startswith(PREFIX) for name in kept),
             rows={name: len(ids) for name, (ids, _) in rows.items()},
             comparison=comparison,
             qlora=qlora,
@@ -130,6 +131,15 @@ def merge_adapter(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return report
+
+
+def _to(merged, dtype: torch.dtype) -> None:
+    """Round the model; its head, which is small and always computes in its own dtype, stays as it was trained."""
+    state = {name: value.clone() for name, value in merged.state_dict().items() if name.startswith(PREFIX)}
+    merged.to(dtype)
+    if state:
+        merged.action_head.float()
+        merged.load_state_dict(state, strict=False)
 
 
 def _check(
@@ -205,7 +215,11 @@ def _kept(policy, dtype: torch.dtype) -> dict[str, str]:
     """Marks of the tensors that the adapter leaves as they are, and of the embeddings without the rows it holds."""
     model = policy.get_base_model()
     state, rows = model.state_dict(), _rows(policy)
-    kept = {name: _mark(_cast(value, dtype)) for name, value in state.items() if not any(p in name for p in OF_PEFT)}
+    kept = {
+        name: _mark(value if name.startswith(PREFIX) else _cast(value, dtype))
+        for name, value in state.items()
+        if not any(p in name for p in OF_PEFT)
+    }
     for name, (ids, _) in rows.items():
         weight = state[f"{name.removesuffix('.weight')}.token_adapter.base_layer.weight"]
         kept[name] = _mark(_without(weight, ids).to(dtype))

@@ -62,9 +62,9 @@ class Probe:
     def synthetic(cls, policy) -> Probe:
         """Eight sentences with different pictures (noise and gradients), the same every time."""
         oft = oft_of(policy)
-        proprio = np.zeros((len(SENTENCES), oft["proprio_dim"])) if oft.get("proprio_dim") else None
+        proprio = np.zeros((len(SENTENCES), oft["proprio_dim"])) if oft.get("proprio_dim") else _states(policy)
         if not policy.prompts.family.takes_images:
-            return cls(SENTENCES)
+            return cls(SENTENCES, proprio=proprio)
         views = oft.get("num_images") or max(len(policy.action_config.cameras), 1)
         return cls(
             SENTENCES,
@@ -85,7 +85,9 @@ class Probe:
         last = dataset.episodes[-1].stop - 1
         chosen = [int(row) for row in np.linspace(0, last, rows)]
         pictures = tuple(tuple(np.asarray(dataset.frame(row, name)) for name in dataset.cameras) for row in chosen)
-        return cls(tuple(dataset.instruction(row) for row in chosen), pictures)
+        reads_state = config.head is not None and config.head.proprio_dim is not None
+        states = None if not reads_state or dataset.states is None else dataset.states[chosen]
+        return cls(tuple(dataset.instruction(row) for row in chosen), pictures, states)
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,11 +95,13 @@ class Answers:
     """What a policy says to a probe.
 
     Args:
-        logits: (rows, steps, vocabulary) float32, after the same given action tokens; None for a policy without tokens.
+        logits: (rows, steps, vocabulary) float32, after the same given action tokens; of a policy with a continuous head
+            (rows, places, width), what the head is given; None for another one without tokens.
         tokens: (rows, length) int64 greedy action tokens.
         along: (rows, length, vocabulary) float32 logits along the greedy tokens of the reference.
         normalized: (rows, horizon, dof) greedy actions, normalized.
-        actions: (rows, horizon, dof) greedy actions in real units.
+        actions: (rows, horizon, dof) greedy actions in real units; of a head from the same noise.
+        decides: the head chooses between values, so that what moves it by nothing may turn a near tie.
     """
 
     logits: np.ndarray | None
@@ -105,6 +109,7 @@ class Answers:
     along: np.ndarray | None
     normalized: np.ndarray
     actions: np.ndarray
+    decides: bool = False
 
 
 def ask(policy, probe: Probe, reference: Answers | None = None) -> Answers:
@@ -119,8 +124,12 @@ def ask(policy, probe: Probe, reference: Answers | None = None) -> Answers:
     pictures: Any = None if images is None else [list(views) for views in images]
     inputs = policy.prepare(pictures, list(probe.instructions), proprio=probe.proprio)
     key = next(iter(policy.action_config.spaces))
-    torch.manual_seed(0)  # diffusion heads draw their noise
+    torch.manual_seed(0)  # generative heads draw their noise
     out = policy.predict_action(**inputs, unnorm_key=key, return_dict=True)
+    if policy.action_config.head is not None:
+        return Answers(
+            _features(policy, inputs, key), out.token_ids, None, out.normalized, out.actions, _decides(policy)
+        )
     if oft_of(policy):
         return Answers(None, out.token_ids, None, out.normalized, out.actions)
     if policy.config.model_type == OPENVLA_TYPE:
@@ -135,6 +144,15 @@ def ask(policy, probe: Probe, reference: Answers | None = None) -> Answers:
     return Answers(
         _logits(policy, inputs, forced), out.token_ids, _logits(policy, inputs, replayed), out.normalized, out.actions
     )
+
+
+def _states(policy) -> np.ndarray | None:
+    """(rows, numbers) states of the robot for a head that reads them: as far from its mean as they ever were, and between."""
+    config = policy.action_config
+    if config.head is None or config.head.proprio_dim is None:
+        return None
+    stats = config.norm_stats[next(iter(config.spaces))]["proprio"]
+    return stats.unnormalize(np.linspace(-1.0, 1.0, len(SENTENCES))[:, None].repeat(stats.dof, axis=1))
 
 
 def oft_of(policy) -> dict[str, Any]:
@@ -162,7 +180,8 @@ class Comparison:
     """How far two sets of answers are apart.
 
     Args:
-        scale: largest logit of the reference, in absolute value (1.0 for a policy without tokens: normalized actions).
+        scale: largest logit of the reference, in absolute value (1.0 for a policy with a head: normalized actions, from the
+            same noise).
         difference: largest difference of a logit (of a normalized action).
         tolerance: largest one allowed, as a share of `scale`.
         rows: questions.
@@ -205,6 +224,8 @@ def compare(reference: Answers, other: Answers, tolerance: float) -> Comparison:
     which moved by the largest difference found can turn them over: 2 x difference. Only the first one of a row counts, what follows has another past.
     """
     actions = float(np.abs(reference.actions - other.actions).max())
+    if reference.logits is not None and reference.along is None:
+        return _compare_heads(reference, other, tolerance, actions)
     if reference.logits is None or reference.along is None:
         difference = float(np.abs(reference.normalized - other.normalized).max())
         return Comparison(1.0, difference, tolerance, len(other.actions), other.normalized.size, (), (), actions)
@@ -225,6 +246,38 @@ def compare(reference: Answers, other: Answers, tolerance: float) -> Comparison:
         tuple(tie for tie in found if tie is not None and not tie.margin <= near),
         actions,
     )
+
+
+def _compare_heads(reference: Answers, other: Answers, tolerance: float, actions: float) -> Comparison:
+    """Of policies with a continuous head: what it is given, and the normalized chunks that it draws from the same noise."""
+    seen: Any = reference.logits
+    scale = float(np.abs(seen).max())
+    if not np.isfinite(scale):
+        raise CheckpointError(
+            "what the head is given is not finite: the weights of the adapter or its base are broken"
+        )
+    shares = [np.abs(seen - other.logits).max() / scale]
+    if not reference.decides:
+        shares.append(np.abs(reference.normalized - other.normalized).max())
+    numbers = seen.size + other.normalized.size
+    share = float(np.max(shares))  # np.max: NaN stays NaN
+    return Comparison(1.0, share, tolerance, len(other.actions), numbers, (), (), actions)
+
+
+def _features(policy, inputs: dict[str, Any], key: str) -> np.ndarray:
+    """(rows, places, width) float32 what the head is given at the beginning of an episode; zeros where prompts are padded."""
+    rest = {name: value for name, value in inputs.items() if name not in ("input_ids", "proprio")}
+    with torch.no_grad():
+        seen = policy._seen(inputs["input_ids"], rest, inputs.get("proprio"), key, None)
+    if seen.slots is not None:
+        return seen.slots.float().cpu().numpy()
+    return torch.where(seen.mask[..., None], seen.hidden.float(), 0.0).cpu().numpy()
+
+
+def _decides(policy) -> bool:
+    """Whether the head answers with the likeliest of some values: bins, or an open and a closed gripper."""
+    values = policy.action_config.head.to_dict()
+    return values["kind"] == "parallel" or values.get("gripper_dim") is not None
 
 
 def _first_change(reference: Answers, other: Answers, row: int) -> Tie | None:

@@ -46,6 +46,25 @@ class Tokens:
 
 
 @dataclass(frozen=True)
+class Head:
+    """A continuous head.
+
+    Args:
+        kind: such as "flow".
+        dof: numbers in an action of the head.
+        proprio_dim: numbers of the robot's state that it reads; None if it reads none.
+        options: what else it is made of.
+        parameters: numbers in its file; None if that cannot be read.
+    """
+
+    kind: str
+    dof: int
+    proprio_dim: int | None
+    options: dict[str, Any]
+    parameters: int | None = None
+
+
+@dataclass(frozen=True)
 class Dimension:
     """One number of an action.
 
@@ -111,9 +130,9 @@ class Report:
         kind: "policy", "OpenVLA checkpoint", "OpenVLA-OFT checkpoint", "adapter of a policy", "adapter" or "plain model".
         model_type: of `config.json` (for an adapter, of its base).
         family: how the package treats such models; None if it cannot.
-        policy: whether tokens can be turned into commands.
+        policy: whether it says actions that can be turned into commands.
         weights: None if there are none.
-        tokens: None for a plain model.
+        tokens: None for a plain model, and for a policy that has a continuous head alone.
         datasets: statistics by `unnorm_key`.
         horizon: actions predicted at once.
         cameras: pictures of the training, if known.
@@ -124,6 +143,7 @@ class Report:
         processor: whether pictures and text can be prepared.
         problems: why it is not safe to run; empty if it is.
         notes: what else to know.
+        head: continuous head; None for a policy whose actions are tokens.
     """
 
     path: str
@@ -143,6 +163,7 @@ class Report:
     processor: bool = False
     problems: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    head: Head | None = None
 
     @property
     def safe(self) -> bool:
@@ -166,6 +187,8 @@ class Report:
         if self.tokens is not None:
             t = self.tokens
             add(f"  tokens      {t.count} {t.layout!r}, ids {t.first}..{t.last}, closed by {t.end}, bins {t.bins}")
+        if self.head is not None:
+            add(f"  head        {_head(self.head)}")
         if self.horizon is not None:
             add(f"  chunk       {self.horizon} action(s)")
         if self.oft is not None:
@@ -202,6 +225,12 @@ def _weights(weights: Weights) -> str:
     )
     files = weights.files[0] if len(weights.files) == 1 else f"{len(weights.files)} files"
     return f"{_short(weights.parameters)} parameters, {dtypes}, {_short(weights.size)}B in {files}"
+
+
+def _head(head: Head) -> str:
+    state = "" if head.proprio_dim is None else f", reads {head.proprio_dim} numbers of the robot's state"
+    options = ", ".join(f"{name}={value}" for name, value in head.options.items())
+    return f"{head.kind}, {_short(head.parameters)} parameters, {head.dof} numbers an action{state} ({options})"
 
 
 def _adapter(adapter: Adapter) -> str:

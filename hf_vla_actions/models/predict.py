@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,9 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--image", nargs="+", help="picture files instead of a dataset, one a camera")
     options.add_argument("--instruction", help="what to do; needed with --image (default: that of the episode)")
     options.add_argument("--proprio", type=float, nargs="+", help="the robot's state, if the policy reads it")
+    options.add_argument(
+        "--seed", type=int, default=0, help="of what a continuous head draws: the same for each column (default: 0)"
+    )
     options.add_argument("--oft", help="preset of an OpenVLA-OFT checkpoint that does not say its own (libero, ...)")
     options.add_argument("--unnorm_key", help="which statistics; may be left out if the policy has one")
     options.add_argument("--constraints", help="in real units, such as 'Range(x, -0.005, 0.005); Fix(gripper, open)'")
@@ -86,9 +90,10 @@ def main(argv: list[str] | None = None) -> int:
     wanted: dict[str, dict[str, Any]] = {"free": {}}
     if constraints is not None:
         wanted[args.mode] = {"constraints": constraints, "mode": args.mode, "style": args.style}
+    drawn = _drawn(policy, args.seed)
     context = Context(pose=args.pose, last_action=args.last_action)
     out = {
-        name: policy.predict_action(**inputs, unnorm_key=key, return_dict=True, context=context, **options)
+        name: policy.predict_action(**inputs, **drawn(), unnorm_key=key, return_dict=True, context=context, **options)
         for name, options in wanted.items()
     }
     columns = {name: one.actions[0] for name, one in out.items()}
@@ -103,17 +108,24 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def _drawn(policy, seed: int) -> Callable[[], dict[str, Any]]:
+    """Options with which a continuous head draws the same in every call; none for other policies."""
+    if policy.action_config.head is None:
+        return dict
+    return lambda: {"generator": torch.Generator(policy.device).manual_seed(seed)}
+
+
 def report(out: ActionOutput, space) -> str:
     """What constraints did, in words: to the distributions of single numbers, or to a whole chunk."""
-    if not out.kept_while:
+    if not out.kept_while and out.token_ids.shape[1]:
         return out.confidence.summary()
-    lines = [out.kept_while[0].summary()]
+    lines = [kept.summary() for kept in out.kept_while[:1]]  # none of a continuous head, which is projected afterwards
     if out.candidate is not None:
         which = {0: "the first", -1: "the first, as none is allowed"}.get(int(out.candidate[0]), str(out.candidate[0]))
         lines.append(f"candidate:           {which}")
     most = np.abs(out.moved[0]).max(axis=0)
     moved = [f"{space.names[d]} {most[d]:.3g} {space.units[d] or ''}".strip() for d in np.flatnonzero(most)]
-    lines.append(f"moved at most:       {', '.join(moved) or 'nothing, the chunk is what the tokens say'}")
+    lines.append(f"moved at most:       {', '.join(moved) or 'nothing, the chunk is what the policy says'}")
     return "\n".join(lines)
 
 
