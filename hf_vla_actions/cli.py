@@ -75,6 +75,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         room = importlib.import_module(COMMANDS[argv[0]][0])
     except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] in ("", __name__.partition(".")[0]):
+            raise  # nothing that could be installed
         extras = "pip install 'hf_vla_actions[data,plots,sim]'"
         sys.stderr.write(
             f"error: hf-vla {argv[0]} needs the package {error.name!r}, which is not installed: {extras}\n"

@@ -47,6 +47,18 @@ def test_unknown_command_raises_exit_status_2(capsys):
     assert main([]) == 2
 
 
+@pytest.mark.parametrize("missing", ["import some_package_that_nobody_has", "import some_package_that_nobody_has.part"])
+def test_only_foreign_packages_are_to_be_installed(missing, tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "room_of_a_test.py").write_text(missing)
+    monkeypatch.setitem(COMMANDS, "fly", ("room_of_a_test", ""))
+    assert main(["fly"]) == 2
+    assert "needs the package 'some_package_that_nobody_has'" in capsys.readouterr().err
+    monkeypatch.setitem(COMMANDS, "fly", ("hf_vla_actions.no_such_part", ""))
+    with pytest.raises(ModuleNotFoundError, match="hf_vla_actions"):
+        main(["fly"])
+
+
 def column(text, name):
     """(horizon, dof) of one column of the printed table."""
     lines = text.splitlines()

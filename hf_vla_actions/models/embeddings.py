@@ -28,6 +28,8 @@ never measurably worse. A large pretrained model was not measured.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -76,7 +78,8 @@ def grow_embeddings(model, vocabulary, tokenizer_length: int, how: str = DEFAULT
     needed = max(int(ids.max()) + 1, tokenizer_length)
     if needed <= rows:
         return
-    with torch.random.fork_rng():
+    # What Transformers says of the start is not what the rows of action tokens start from.
+    with torch.random.fork_rng(), _without("The new "):
         torch.manual_seed(0)
         model.resize_token_embeddings(
             needed, pad_to_multiple_of=64 if rows % 64 == 0 else None, mean_resizing=not _is_outline(model)
@@ -213,6 +216,21 @@ def _write(target, ids: torch.Tensor, values: torch.Tensor, trained: torch.Tenso
         bias = getattr(target, "bias", None)
         if bias is not None:
             bias[ids.to(bias.device)] = _cpu(bias)[trained].mean().to(bias.device, bias.dtype)
+
+
+@contextmanager
+def _without(start: str) -> Iterator[None]:
+    """Keep messages of Transformers' models that begin with `start` out of the log."""
+    log = logging.getLogger("transformers.modeling_utils")
+
+    def other(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(start)
+
+    log.addFilter(other)
+    try:
+        yield
+    finally:
+        log.removeFilter(other)
 
 
 def _is_outline(model) -> bool:
