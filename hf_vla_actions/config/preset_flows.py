@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hf_vla_actions.config.presets import Preset
 from hf_vla_actions.heads import FlowMatchingConfig, NativeFlowConfig
 
@@ -12,7 +14,18 @@ NEW_EXPERT = (
     "the expert is this package's own denoiser of the same sizes, with random weights: no published weights fit"
 )
 
-_PI0_EXPERT = {"width": 1024, "depth": 18, "n_heads": 8, "attend": "cache", "steps": 10, "time": "pi0"}
+_PI0_EXPERT = FlowMatchingConfig(
+    50,
+    32,
+    proprio_dim=32,
+    width=1024,
+    depth=18,
+    n_heads=8,
+    attend="cache",
+    steps=10,
+    time="pi0",
+    beta=(1.5, 1.0),
+)
 
 FLOWS: tuple[Preset, ...] = (
     Preset(
@@ -22,7 +35,7 @@ FLOWS: tuple[Preset, ...] = (
         dof=32,
         pads=True,
         execute_steps=50,
-        head=FlowMatchingConfig(50, 32, proprio_dim=32, beta=(1.5, 1.0), **_PI0_EXPERT),
+        head=_PI0_EXPERT,
         norm_modes=("normal",),
         gripper=OWN_GRIPPER + "; absolute also where joints are relative to the state (openpi's DeltaActions)",
         images="up to three, 224 x 224, aspect kept, filled up with black",
@@ -57,7 +70,7 @@ FLOWS: tuple[Preset, ...] = (
         dof=32,
         pads=True,
         execute_steps=50,
-        head=FlowMatchingConfig(50, 32, beta=(1.5, 1.0), **_PI0_EXPERT),
+        head=replace(_PI0_EXPERT, proprio_dim=None),
         norm_modes=("bounds_q99",),
         gripper=OWN_GRIPPER,
         images="up to three, 224 x 224",

@@ -73,6 +73,8 @@ class HeadConfig(abc.ABC):
     """
 
     kind: ClassVar[str]
+    beside_model: ClassVar[bool] = True
+    """Whether its weights are added to the model's and lie beside them; False for one that the model has already."""
 
     horizon: int
     dof: int

@@ -30,6 +30,7 @@ class NativeFlowConfig(HeadConfig):
     """
 
     kind: ClassVar[str] = "native"
+    beside_model: ClassVar[bool] = False
 
     steps: int = 10
     solver: str = "euler"

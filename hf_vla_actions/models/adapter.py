@@ -6,7 +6,9 @@ import functools
 import json
 import logging
 import re
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -54,11 +56,13 @@ def save_adapter(model, folder: str | Path, **kwargs: Any) -> None:
         base = Path(config.base_model_name_or_path or "")
         if base.is_dir():  # a relative path would be looked for, from elsewhere, on the Hub
             config.base_model_name_or_path = str(base.resolve())
+    # What it would write as README.md is an empty form, in place of a card that may be there.
+    model.create_or_update_model_card = _no_card
     # PEFT would add both full embedding matrices because the vocabulary grew; the new rows are in the adapter already.
     PeftModel.save_pretrained(model, str(folder), **{"save_embedding_layers": False, **kwargs})
     policy.processor.save_pretrained(folder)
     policy.action_config.save_pretrained(folder)
-    if policy.action_config.head is not None:
+    if policy.action_config.head is not None and policy.action_config.head.beside_model:
         save_head(_head_of(policy, kwargs.get("state_dict")), folder)
     _write_or_remove(Path(folder) / QUANTIZATION_FILE, policy.config.to_dict().get("quantization_config"))
     # Known from the start where this package made the adapter; weights may be cut over processes by now.
@@ -69,6 +73,10 @@ def save_adapter(model, folder: str | Path, **kwargs: Any) -> None:
         # Where the original's readers look for them; its config.json stays with the base.
         share_statistics(policy)
         (Path(folder) / STATISTICS_FILE).write_text(json.dumps(policy.config.norm_stats, indent=1), encoding="utf-8")
+
+
+def _no_card(folder: str) -> None:
+    """`hf-vla card` and `hf-vla push` write a card that says something."""
 
 
 def _head_of(policy, state: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -193,6 +201,17 @@ def base_of(adapter: dict[str, Any], folder: str | Path) -> str:
     return name
 
 
+@contextmanager
+def quiet_peft() -> Iterator[None]:
+    """Leave out a warning that is about how PEFT asks Transformers for something, which no caller can change.
+
+    PEFT 0.21 reads `is_gradient_checkpointing`, which Transformers 5 has under another name.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+        yield
+
+
 def load_adapter(policy, folder: str | Path, **kwargs: Any):
     """Put an adapter on its base policy.
 
@@ -213,7 +232,8 @@ def load_adapter(policy, folder: str | Path, **kwargs: Any):
     base = BaseFingerprint.of(policy)
     _check_base(base, policy, folder, kwargs)
     try:
-        model = PeftModel.from_pretrained(policy, folder, **kwargs)
+        with quiet_peft():
+            model = PeftModel.from_pretrained(policy, folder, **kwargs)
     except (KeyError, RuntimeError, IndexError) as error:
         raise CheckpointError(f"the adapter in {folder} does not fit its base model: {error}") from None
     saved = set(load_peft_weights(str(folder), device="cpu", **kwargs))

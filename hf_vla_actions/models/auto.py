@@ -14,9 +14,10 @@ from hf_vla_actions.config import FILE_NAME as ACTION_CONFIG
 from hf_vla_actions.config import ActionConfig, check_source
 from hf_vla_actions.errors import CheckpointError
 from hf_vla_actions.models.adapter import base_of, load_adapter
-from hf_vla_actions.models.families import OPENVLA_TYPE
+from hf_vla_actions.models.families import OPENVLA_TYPE, PI0_TYPE
 from hf_vla_actions.models.head_files import load_head
 from hf_vla_actions.models.native import hub_arguments, load_model, load_processor
+from hf_vla_actions.models.pi0 import pi0_action_config, pi0_settings
 from hf_vla_actions.models.wrap import to_vla
 
 ADAPTER_FILE = "adapter_config.json"
@@ -78,12 +79,19 @@ class AutoModelForActionPrediction:
                 options["revision"] = adapter["revision"]
         elif base is not None:
             raise CheckpointError(f"{path} is no adapter, so it has no base model: leave base={str(base)!r} out")
-        config = config or _action_config(path, source, hub)
-        model, processor = load_model(source, **options)
+        config = config or _action_config(path, source, hub) or _pi0_config(source, options)
+        try:
+            model, processor = load_model(source, **options)
+        except CheckpointError as error:
+            if adapter is None:
+                raise
+            raise CheckpointError(
+                f"the adapter in {path} belongs on a base model: {error}. Say where that is (base=, --base)"
+            ) from None
         if adapter is not None and config is not None:
             processor = load_processor(path, model.config, **hub)
         policy = as_policy(model, processor, path, config, hub, oft)
-        if config is not None and config.head is not None:
+        if config is not None and config.head is not None and config.head.beside_model:
             load_head(policy.action_head, path, **hub)
         loaded = policy.eval() if adapter is None else load_adapter(policy, path, **hub).eval()
         if self_test:
@@ -102,7 +110,7 @@ def load_action_config(path: str | Path, **hub: Any) -> ActionConfig:
     check_source(path)
     adapter = _adapter_config(path, hub)
     base = path if adapter is None else base_of(adapter, path)
-    config = _action_config(path, base, hub)
+    config = _action_config(path, base, hub) or _pi0_config(base, hub if base == path else {})
     if config is None:
         from hf_vla_actions.models.openvla import action_config_of, read_statistics
 
@@ -124,13 +132,23 @@ def as_policy(model, processor, path: str, config: ActionConfig | None, hub: dic
 
 
 def _action_config(path: str, base: str, hub: dict[str, Any]) -> ActionConfig | None:
-    """The config of a policy; None for a checkpoint of the original OpenVLA, whose own files say the same."""
+    """The config of a policy; None for a native OpenVLA or PI0, whose own files say the same."""
     if cached_file(path, ACTION_CONFIG, _raise_exceptions_for_missing_entries=False, **hub) is None:
         check_source(base)
-        native, _ = PreTrainedConfig.get_config_dict(base, **(hub if base == path else {}))
-        if native.get("model_type") == OPENVLA_TYPE:
+        try:
+            native, _ = PreTrainedConfig.get_config_dict(base, **(hub if base == path else {}))
+        except OSError as error:
+            raise CheckpointError(f"no model to be had from {base!r}: {str(error).splitlines()[0]}") from None
+        if native.get("model_type") in (OPENVLA_TYPE, PI0_TYPE):
             return None
     return ActionConfig.from_pretrained(path, **hub)
+
+
+def _pi0_config(path: str, options: dict[str, Any]) -> ActionConfig | None:
+    """What the files of a native PI0 say; None for other models."""
+    hub = hub_arguments(options)
+    native = AutoConfig.from_pretrained(path, **hub)
+    return pi0_action_config(pi0_settings(path, **hub), native, path) if native.model_type == PI0_TYPE else None
 
 
 def _adapter_config(path: str, kwargs: dict[str, Any]) -> dict[str, Any] | None:

@@ -111,6 +111,11 @@ class HeadPolicyMixin(ActionPredictionMixin):
         """
         return self._features({"input_ids": input_ids, **inputs}, normalized_proprio, past, past_mask)[0]
 
+    def heard(self, inputs: dict[str, Any]) -> torch.Tensor:
+        """(batch, numbers): what the self tests compare, of the tensors of some prompts."""
+        found, _ = features_of(self, self.action_head, inputs)
+        return found.hidden[:, -1] if found.slots is None else found.slots.flatten(1)
+
     def _features(self, inputs, proprio, past, past_mask) -> tuple[Features, Any]:
         found, said = features_of(self, self.action_head, inputs)
         window = self.action_head.window
@@ -324,7 +329,7 @@ class HeadPolicyMixin(ActionPredictionMixin):
         Returns:
             The smallest change of any pair of pictures.
         """
-        return head_sees_image(self, self.action_head, instruction)
+        return head_sees_image(self, instruction)
 
     def check_reads_instruction(self, instructions: Sequence[str] = SENTENCES) -> float:
         """Raise SelfTestError unless different instructions change what the head is given.
@@ -335,7 +340,7 @@ class HeadPolicyMixin(ActionPredictionMixin):
         Returns:
             The smallest change of any pair of sentences.
         """
-        return head_reads_instruction(self, self.action_head, instructions)
+        return head_reads_instruction(self, instructions)
 
     def save_pretrained(
         self,

@@ -62,7 +62,10 @@ PALIGEMMA = ModelFamily("PaliGemma", True, _image_tokens, ("vision_tower", "mult
 GEMMA3 = ModelFamily("Gemma3", True, _begin_of_image, ("vision_tower", "multi_modal_projector"))
 QWEN_VL = ModelFamily("Qwen-VL", True, _qwen_vision, ("visual",), own_positions=True)
 OPENVLA = ModelFamily("OpenVLA", True, _nothing, ("vision_backbone", "projector"))
+# Its processor puts image tokens and the line behind the sentence by itself.
+PI0 = ModelFamily("PI0", True, _nothing, ("vision_tower", "multi_modal_projector"))
 OPENVLA_TYPE = "openvla"
+PI0_TYPE = "pi0"
 
 # model_type (saved in config.json) to family; text-only models of any type need no entry.
 VISION_FAMILIES = {
@@ -75,6 +78,7 @@ VISION_FAMILIES = {
     "qwen2_5_vl": QWEN_VL,
     "qwen3_vl": QWEN_VL,
     OPENVLA_TYPE: OPENVLA,
+    PI0_TYPE: PI0,
 }
 
 

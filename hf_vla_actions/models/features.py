@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -40,7 +41,7 @@ def features_of(policy, head: ActionHead, inputs: Mapping[str, Any]) -> tuple[Fe
     if not family.own_positions:
         # As generate() counts them; the default would count the padding too.
         inputs["position_ids"] = (inputs["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
-    inputs["use_cache"] = _use_cache(policy, head)
+    inputs["use_cache"] = uses_cache(policy, head)
     with slots_at_the_end(policy.get_input_embeddings(), head):
         if labels is None:
             out = _backbone(policy)(**inputs)
@@ -52,7 +53,7 @@ def features_of(policy, head: ActionHead, inputs: Mapping[str, Any]) -> tuple[Fe
     slots = hidden[:, length:] if n else None
     if not head.needs_cache:
         return Features(hidden[:, :length], mask.bool(), slots), said
-    return Features(hidden, mask.bool(), slots, _cache(out, length), _next_position(policy, mask)), said
+    return Features(hidden, mask.bool(), slots, cache_of(out, length), _next_position(policy, mask)), said
 
 
 def unsaid(features: Features, labels: torch.Tensor) -> Features:
@@ -81,22 +82,48 @@ def with_slots(inputs: Mapping[str, Any], n: int, family: ModelFamily) -> dict[s
     return inputs
 
 
+class _Wanted(threading.local):
+    """The embeddings that this thread's forward is to put in, and whether it has."""
+
+    slots: torch.Tensor | None = None
+    put_in: bool = False
+
+
+_wanted = _Wanted()  # by thread: others may be running the same model, on words
+
+
+@torch.compiler.disable  # a compiled forward would go on doing what it did when it was compiled
+def _put_in(module: torch.nn.Module, args: Any, out: torch.Tensor) -> torch.Tensor | None:
+    if _wanted.slots is None:
+        return None
+    _wanted.put_in = True
+    slots = _wanted.slots.to(out.device, out.dtype).expand(len(out), -1, -1)
+    return torch.cat([out[:, : -slots.shape[1]], slots], dim=1)
+
+
+def watch_embeddings(embeddings: torch.nn.Module) -> None:
+    """Let `slots_at_the_end` work on these embeddings; before a model is compiled, so that its graph leaves room for it."""
+    if _put_in not in embeddings._forward_hooks.values():
+        embeddings.register_forward_hook(_put_in)
+
+
 @contextmanager
 def slots_at_the_end(embeddings: torch.nn.Module, head: ActionHead) -> Iterator[None]:
-    """Within it, the last embeddings of every sequence are those that the head has learned."""
+    """Within it, the last embeddings of every sequence of this thread are those that the head has learned."""
     if not head.n_slots:
         yield
         return
-
-    def put_in(module, args, out: torch.Tensor) -> torch.Tensor:
-        slots = head.slot_embeddings.to(out.dtype).expand(len(out), -1, -1)  # type: ignore[union-attr]
-        return torch.cat([out[:, : -head.n_slots], slots], dim=1)
-
-    hook = embeddings.register_forward_hook(put_in)
+    watch_embeddings(embeddings)
+    _wanted.slots, _wanted.put_in = head.slot_embeddings, False
     try:
         yield
     finally:
-        hook.remove()
+        _wanted.slots = None
+    if not _wanted.put_in:
+        raise VLAActionsError(
+            "the model ran without the head's learned embeddings, so what it saw is not what the head was trained on. Was it "
+            "compiled before its layers were changed (an adapter put on, embeddings replaced)? Call torch.compiler.reset()"
+        )
 
 
 def sizes_of(model) -> dict[str, Any]:
@@ -114,7 +141,7 @@ def sizes_of(model) -> dict[str, Any]:
     }
 
 
-def _cache(out, length: int) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
+def cache_of(out, length: int) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
     """Keys and values of every layer, of the whole prompt."""
     layers = [(layer.keys, layer.values) for layer in getattr(out.past_key_values, "layers", ())]
     if not layers or any(keys.ndim != 4 or keys.shape[2] != length for keys, _ in layers):
@@ -131,7 +158,8 @@ def _next_position(policy, mask: torch.Tensor) -> torch.Tensor:
     return real + _backbone(policy).rope_deltas.reshape(-1) if policy.prompts.family.own_positions else real
 
 
-def _use_cache(policy, head: ActionHead) -> bool:
+def uses_cache(policy, head: ActionHead) -> bool:
+    """Whether the model has to keep its keys and values for the head; raises where it cannot."""
     if not head.needs_cache:
         return False
     if policy.training and policy.is_activation_checkpointing:

@@ -9,45 +9,40 @@ import numpy as np
 import torch
 
 from hf_vla_actions.errors import SelfTestError, VLAActionsError
-from hf_vla_actions.heads import ActionHead
 from hf_vla_actions.models.checks import NOISE_FACTOR, RELATIVE_CHANGE, SIZE
-from hf_vla_actions.models.features import features_of
 
 
-def head_sees_image(policy, head: ActionHead, instruction: str) -> float:
+def head_sees_image(policy, instruction: str) -> float:
     """The smallest change of what a head is given, between black, white and noise; raises SelfTestError if there is none.
 
     Args:
-        policy: made by `to_vla`.
-        head: its head.
+        policy: made by `to_vla`, with a head.
         instruction: the sentence beside the pictures.
     """
     if not policy.prompts.family.takes_images:
         raise VLAActionsError(f"a {policy.prompts.family.name} model takes no images: there is nothing to check")
     noise = _noise()
     pictures = {"black": np.zeros_like(noise), "white": np.full_like(noise, 255), "noise": noise}
-    return _smallest_change(policy, head, list(pictures.values()), [instruction] * 3, list(pictures), "picture")
+    return _smallest_change(policy, list(pictures.values()), [instruction] * 3, list(pictures), "picture")
 
 
-def head_reads_instruction(policy, head: ActionHead, instructions: Sequence[str]) -> float:
+def head_reads_instruction(policy, instructions: Sequence[str]) -> float:
     """The smallest change of what a head is given, between sentences; raises SelfTestError if there is none."""
     if len(set(instructions)) < 2:
         raise VLAActionsError(f"two different instructions are needed, got {list(instructions)}")
     names = [repr(sentence) for sentence in instructions]
-    return _smallest_change(policy, head, [_noise()] * len(names), list(instructions), names, "instruction")
+    return _smallest_change(policy, [_noise()] * len(names), list(instructions), names, "instruction")
 
 
 @torch.no_grad()
-def _smallest_change(policy, head, pictures: list, sentences: list[str], names: list[str], what: str) -> float:
+def _smallest_change(policy, pictures: list, sentences: list[str], names: list[str], what: str) -> float:
     """The smallest change of the features between two rows; the first row is there twice, to know rounding."""
     images: Any = None
     if policy.prompts.family.takes_images:
         views = max(len(policy.action_config.cameras), 1)
         images = [[picture] * views for picture in [*pictures, pictures[0]]]
     inputs = policy.prepare_prompts(images, [*sentences, sentences[0]])
-    found, _ = features_of(policy, head, inputs)
-    seen = found.hidden[:, -1] if found.slots is None else found.slots.flatten(1)
-    values = seen.float().cpu().numpy()
+    values = policy.heard(inputs).float().cpu().numpy()
     if not np.isfinite(values).all():
         raise SelfTestError("what the head is given is not finite: weights are broken, or their dtype too narrow")
     floor = np.abs(values[-1] - values[0]).max()

@@ -13,10 +13,12 @@ from transformers import (
     AutoTokenizer,
     ProcessorMixin,
 )
+from transformers.utils import is_torchvision_available
 
 from hf_vla_actions.config import check_source
 from hf_vla_actions.errors import CheckpointError
-from hf_vla_actions.models.families import family_of
+from hf_vla_actions.models.families import PI0_TYPE, family_of
+from hf_vla_actions.models.pi0_processor import load_pi0_processor
 from hf_vla_actions.models.pil_processors import load_pil_processor, needs_pil_processor
 
 
@@ -62,6 +64,8 @@ def load_outline(path: str, **kwargs: Any) -> tuple[Any, Any]:
 def load_processor(path: str, config, **hub_options: Any):
     """Load the processor of a vision model, or the tokenizer of a text-only one."""
     takes_images = family_of(config).takes_images
+    if config.model_type == PI0_TYPE and not is_torchvision_available():
+        return load_pi0_processor(path, **hub_options)
     if needs_pil_processor(config.model_type):
         return load_pil_processor(path, config, **hub_options)
     try:

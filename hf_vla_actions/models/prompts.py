@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -29,6 +29,9 @@ class PromptBuilder:
         config: holds the prompt's wording, and whether it goes into the processor's chat template.
         family: how the model wants its images announced.
     """
+
+    processor_options: ClassVar[dict[str, Any]] = {}
+    """What this kind of processor has to be told besides."""
 
     def __init__(self, processor, config: ActionConfig, family: ModelFamily):
         self.processor = processor
@@ -87,6 +90,7 @@ class PromptBuilder:
         pictures = self._pictures(images, isinstance(instruction, str), len(sentences))
         texts = [self.text(s, len(p)) for s, p in zip(sentences, pictures, strict=True)]
         options: dict[str, Any] = {"padding": len(texts) > 1, "padding_side": padding_side, "return_tensors": "pt"}
+        options |= self.processor_options
         bos = self.tokenizer.bos_token
         if bos is not None and texts[0].lstrip().startswith(bos):
             options["add_special_tokens"] = False  # the chat template has written it: a second one would follow

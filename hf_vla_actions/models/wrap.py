@@ -15,9 +15,10 @@ from hf_vla_actions.errors import VLAActionsError
 from hf_vla_actions.heads import ActionHead, HeadConfig
 from hf_vla_actions.models.continuous import HeadPolicyMixin, forward_of
 from hf_vla_actions.models.embeddings import grow_embeddings
-from hf_vla_actions.models.families import OPENVLA_TYPE, family_of
-from hf_vla_actions.models.features import sizes_of
+from hf_vla_actions.models.families import OPENVLA_TYPE, PI0_TYPE, family_of
+from hf_vla_actions.models.features import sizes_of, watch_embeddings
 from hf_vla_actions.models.mixin import ActionPredictionMixin
+from hf_vla_actions.models.pi0 import pi0_policy
 from hf_vla_actions.models.prompts import PromptBuilder
 from hf_vla_actions.tokenizers import ActionVocabulary
 
@@ -46,6 +47,8 @@ def to_vla(model, processor, config: ActionConfig, head: HeadConfig | ActionHead
     """
     if not isinstance(model, PreTrainedModel):
         raise VLAActionsError(f"to_vla needs a loaded Transformers model, got {type(model).__name__}")
+    if model.config.model_type == PI0_TYPE:
+        return pi0_policy(model, processor, _with_head(config, head))  # its own flow is its head
     if not model.can_generate():
         raise VLAActionsError(
             f"{type(model).__name__} cannot generate; load it with AutoModelForImageTextToText or AutoModelForCausalLM"
@@ -90,6 +93,11 @@ def to_vla(model, processor, config: ActionConfig, head: HeadConfig | ActionHead
 def _with_head(config: ActionConfig, head: HeadConfig | ActionHead | None) -> ActionConfig:
     """The config with the head that was asked for."""
     wanted = head.config if isinstance(head, ActionHead) else head
+    if wanted is None and config.head is None and config.tokenizer is None:
+        raise VLAActionsError(
+            "a policy says its actions as tokens (tokenizer and vocabulary of the config) or with a continuous head; there is "
+            "neither: pass head=..., such as heads.FlowMatchingConfig(horizon, dof)"
+        )
     if wanted is None or wanted == config.head:
         return config
     if not isinstance(wanted, HeadConfig):
@@ -112,6 +120,7 @@ def _attach(policy, config: HeadConfig, head: HeadConfig | ActionHead | None) ->
         with torch.device(policy.device):
             policy.action_head = config.build(width)
     policy.action_head.train(policy.training)
+    watch_embeddings(policy.get_input_embeddings())
 
 
 def warn_of_words(vocabulary: ActionVocabulary, tokenizer) -> None:
