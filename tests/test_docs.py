@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from test_train import write_dataset
-from tiny import picture, sharpen, tiny_llava
+from tiny import picture, save_native_llava, sharpen, tiny_llava
 
 from hf_vla_actions import constraints, runtime
 from hf_vla_actions.actions.formats import FORMATS
 from hf_vla_actions.cli import main
 from hf_vla_actions.constraints.text import TYPES, parse_constraints
 from hf_vla_actions.decoding.report import FIELDS
+from hf_vla_actions.heads.kinds import KINDS
 from hf_vla_actions.models.generation import MODES
 from hf_vla_actions.models.predict import parser
 
@@ -23,6 +24,7 @@ TEXT = PAGE.read_text()
 SPACES = ROOT / "docs/spaces.md"
 DATA = ROOT / "docs/data.md"
 RUNTIME = ROOT / "docs/runtime.md"
+HEADS = ROOT / "docs/heads.md"
 
 
 def blocks(language):
@@ -71,11 +73,13 @@ def test_tables_leave_out_no_constraint_mode_or_field():
         assert f"`{field}`" in TEXT or field.startswith("std_"), field
 
 
-def run_page(page, capsys):
+def run_page(page, capsys, known=()):
     """Run the Python blocks of a page; a ```text right after one has to be what it prints."""
     names = {}
     for code, text in re.findall(r"```python\n(.*?)```\n(?:```text\n(.*?)```)?", page.read_text(), flags=re.DOTALL):
         capsys.readouterr()
+        for there, here in known:
+            code = code.replace(there, here)
         exec(compile(code, page.name, "exec"), names)
         printed = capsys.readouterr().out
         assert not text or printed == text
@@ -101,6 +105,15 @@ def test_page_of_executors_runs_and_prints_what_it_says(capsys):
             assert name in RUNTIME.read_text(), name
 
 
+def test_page_of_heads_runs_and_prints_what_it_says(place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    known = [("llava-hf/llava-1.5-7b-hf", str(save_native_llava(place / "base")))]
+    assert run_page(HEADS, capsys, known)["preset"].head.kind == "flow"
+    table = HEADS.read_text().split("## On any model")[0]
+    for kind, config in KINDS.items():
+        assert kind == "native" or f"| `{kind}` | `{config.__name__}` |" in table, kind
+
+
 def test_page_of_data_runs_commands_and_code_in_its_order(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write_dataset(tmp_path / "my_robot", steps=12)
@@ -124,7 +137,7 @@ def test_page_of_data_leaves_out_no_format():
         assert f"`{name}`" in table or name == "lingbot", name
 
 
-@pytest.mark.parametrize("page", [PAGE, SPACES, DATA, RUNTIME], ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [PAGE, SPACES, DATA, RUNTIME, HEADS], ids=lambda page: page.stem)
 def test_links_exist(page):
     text = page.read_text()
     for target in re.findall(r"\]\(([^)]+)\)", text):

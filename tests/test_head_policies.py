@@ -190,8 +190,11 @@ def test_the_state_is_read_and_normalized():
 
 def test_what_does_not_belong_together_raises():
     model, processor = FAMILIES["llava"](0)
-    with pytest.raises(VLAActionsError, match="this config has neither"):
-        config()
+    with pytest.raises(VLAActionsError, match="there is neither"):
+        to_vla(model, processor, config())
+    apart, whole = RegressionConfig(HORIZON, 7), config(RegressionConfig(HORIZON, 7))
+    assert to_vla(model, processor, config(), head=apart).action_config == whole
+    model, processor = FAMILIES["llava"](0)
     with pytest.raises(VLAActionsError, match="another head already"):
         to_vla(model, processor, config(RegressionConfig(HORIZON, 7)), RegressionConfig(HORIZON, 7, hidden=3))
     with pytest.raises(VLAActionsError, match="chunks of 2"):

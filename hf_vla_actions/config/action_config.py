@@ -129,9 +129,10 @@ class ActionConfig:
 
     def _need_tokens(self, what: str) -> None:
         if self.tokenizer is None:
+            kind = "continuous" if self.head is None else repr(self.head.kind)
             raise VLAActionsError(
-                f"this policy says its actions with a {self.head.kind!r} head and has no action tokens to {what}: use "  # type: ignore[union-attr]
-                "predict_action, or normalize() and unnormalize()"
+                f"this policy says its actions with a {kind} head and has no action tokens to {what}: use predict_action, or "
+                "normalize() and unnormalize()"
             )
 
     def _need_numbers(self, what: str) -> None:

@@ -46,14 +46,9 @@ def check_config(config: Any) -> None:
 
 
 def _check_codes(config) -> None:
-    """Raise unless tokenizer, vocabulary and head are there as they belong together."""
+    """Raise unless tokenizer and vocabulary are there as they belong together; `to_vla` may get the head apart."""
     if (config.tokenizer is None) != (config.vocabulary is None):
-        raise VLAActionsError("tokenizer and vocabulary belong together: give both, or neither with a continuous head")
-    if config.tokenizer is None and config.head is None:
-        raise VLAActionsError(
-            "a policy says its actions as tokens (tokenizer and vocabulary) or with a continuous head (head=...); this "
-            "config has neither"
-        )
+        raise VLAActionsError("tokenizer and vocabulary belong together: give both, or neither for a continuous head")
     if config.tokenizer is not None and config.tokenizer.n_codes != config.vocabulary.n_codes:
         raise VLAActionsError(
             f"the action tokenizer has {config.tokenizer.n_codes} codes, the vocabulary {config.vocabulary.n_codes}"
