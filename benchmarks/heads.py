@@ -6,7 +6,7 @@
 1. The policies that `multimodal.py` kept (run it first; with `--quick` it is done here, hardly trained): milliseconds of
    `predict_action` for one observation, the policies taking turns, so that the machine is the same for all; medians, and
    ratios to autoregressive bins. Beside them the clean success in closed loop over all walls and seeds, for flow matching
-   with 1, 2, 4 and 10 steps and diffusion with 5 and 20: what speed costs.
+   with 1, 2, 4 and 10 steps and diffusion with 5 and 20 (those that were trained three times longer): what speed costs.
 2. The same on a larger backbone with random weights, a prompt of 64 words and 7 numbers an action, where the model and not
    Python is what takes time. How many tokens FAST takes there says nothing about a trained policy, so it is left out.
 
@@ -33,7 +33,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import multimodal
 import numpy as np
 import torch
-from multimodal_training import HEADS, NAMES, backbone, predictor, tokenizer_of
+from multimodal_training import HEADS, LONGER, NAMES, backbone, predictor, tokenizer_of
 from multimodal_world import HORIZON, KEY, Setting, demonstrate, judge, words
 from tokens import commit
 from transformers import set_seed
@@ -52,18 +52,22 @@ from hf_vla_actions import (
 )
 
 REFERENCE = "bins"
-STEPS = {"flow": (1, 2, 4, 10), "diffusion": (5, 20)}
+STEPS = {"flow, 3x longer": (1, 2, 4, 10), "diffusion, 3x longer": (5, 20)}
+POLICIES = [next((longer for longer in STEPS if LONGER[longer] == name), name) for name in NAMES]
 LARGER = {"width": 512, "layers": 8, "heads": 8}
 DOF, PROMPT = 7, 64
 
 
-def variants(names: Sequence[str] = NAMES) -> list[tuple[str, str, dict[str, int]]]:
+def variants(names: Sequence[str] = POLICIES) -> list[tuple[str, str, dict[str, int]]]:
     """Each line of the table: its name, the policy, and options of `predict_action`."""
     out: list[tuple[str, str, dict[str, int]]] = []
     for name in names:
-        steps = STEPS.get(name)
-        out += [(name, name, {})] if steps is None else [(f"{name}, {n} steps", name, {"num_steps": n}) for n in steps]
-    return [(label.replace(" 1 steps", " 1 step"), name, options) for label, name, options in out]
+        short = LONGER.get(name, name)
+        for n in STEPS.get(name, ()):
+            out.append((f"{short}, {n} step{'s' * (n > 1)}", name, {"num_steps": n}))
+        if name not in STEPS:
+            out.append((name, name, {}))
+    return out
 
 
 def time_of(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
@@ -103,13 +107,13 @@ def larger(setting: Setting, rounds: int, sizes: dict[str, int]) -> dict[str, fl
     coders = {"bins": UniformActionTokenizer(256), "VQ": vq}
     calls: dict[str, Callable[[], Any]] = {}
     made: dict[str, Any] = {}
-    for label, name, options in variants([name for name in NAMES if name not in ("FAST", "regression, MSE")]):
+    for label, name, options in variants([name for name in POLICIES if name not in ("FAST", "regression, MSE")]):
         if name not in made:
             tokenizer = tokenizer_of(words(setting))
             model = backbone(tokenizer, 0, **sizes)
             common: dict[str, Any] = {"horizon": HORIZON, "prompt": " {instruction}"}
-            if name in HEADS:
-                head = replace(HEADS[name], dof=DOF)
+            if (short := LONGER.get(name, name)) in HEADS:
+                head = replace(HEADS[short], dof=DOF)
                 config = ActionConfig(None, None, stats, {KEY: space}, head=head, **common)
             else:
                 vocabulary = ActionVocabulary.append(tokenizer, coders[name].n_codes)
@@ -126,7 +130,7 @@ def worth(content: dict[str, Any], folder: Path, setting: Setting) -> dict[str, 
     found: dict[str, dict[str, Any]] = {}
     for label, name, options in variants():
         rows = [row for row in content["rows"] if row["name"] == name]
-        default = HEADS[name].steps if name in STEPS else None  # type: ignore[attr-defined]
+        default = HEADS[LONGER[name]].steps if name in STEPS else None  # type: ignore[attr-defined]
         clean = []
         for row in rows:
             walls = row["walls"]
@@ -177,7 +181,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         setting, sizes, rounds = multimodal.QUICK, {"width": 64, "layers": 1, "heads": 4}, 1
         args.multimodal = args.output.with_name(f"{args.output.stem}_multimodal.json")
         args.policies = args.multimodal.with_suffix("")
-        multimodal.main(["--quick", "--output", str(args.multimodal), "--seeds", "0"])
+        multimodal.main(["--quick", "--output", str(args.multimodal), "--seeds", "0", "--only", *POLICIES])
     if args.multimodal is None or args.policies is None:
         options.error("--multimodal and --policies say what multimodal.py has made; or use --quick")
     measured = json.loads(args.multimodal.read_text(encoding="utf-8"))

@@ -5,7 +5,8 @@
 
 Every row is one policy of one training seed, judged on the same unseen episodes at five walls: the same small Llama, the same
 demonstrations of a seed in the same order, the same number of steps; 8 actions predicted, 4 carried out. Each seed has
-demonstrations of its own. `multimodal_world.py` says what the task is, `multimodal_training.py` what the policies are.
+demonstrations of its own. Three rows are there once more with three times the steps. `multimodal_world.py` says what the task
+is, `multimodal_training.py` what the policies are.
 
 Rows that the file already holds are not measured again, and several processes may add to one file, for example one a seed:
 
@@ -36,12 +37,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import numpy as np
 import torch
-from multimodal_training import NAMES, TOKENS, Bench, learn, predictor
+from multimodal_training import LONGER, NAMES, TOKENS, Bench, learn, predictor
 from multimodal_world import Setting, judge
 from tokens import commit
 from transformers import set_seed
 from transformers.utils import logging as transformers_logging
 
+ROWS = (*NAMES, *LONGER)
 QUICK = Setting(blocked=(0.0, 0.07), demonstrations=4, steps=3, batch_size=4, judged=2, max_steps=6)
 
 
@@ -76,7 +78,7 @@ class Results:
         with open(self.path.with_name(self.path.name + ".lock"), "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             content = self.content
-            content["rows"] = sorted([*content["rows"], row], key=lambda r: (NAMES.index(r["name"]), r["seed"]))
+            content["rows"] = sorted([*content["rows"], row], key=lambda r: (ROWS.index(r["name"]), r["seed"]))
             temporary = self.path.with_name(self.path.name + ".tmp")
             temporary.write_text(as_text(content), encoding="utf-8")
             os.replace(temporary, self.path)
@@ -171,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options.add_argument("--output", required=True, type=Path, help="JSON file of the rows; finished ones are kept")
     options.add_argument("--policies", type=Path, help="folder to keep the policies in (default: beside the output)")
     options.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of training (default: %(default)s)")
-    options.add_argument("--only", nargs="+", choices=NAMES, default=NAMES, help="rows (default: all)")
+    options.add_argument("--only", nargs="+", choices=ROWS, default=ROWS, help="rows (default: all)")
     options.add_argument("--quick", action="store_true", help="hardly trained policies, two episodes: a smoke test")
     args = options.parse_args(argv)
     logging.basicConfig(level=logging.ERROR)

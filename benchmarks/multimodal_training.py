@@ -43,6 +43,8 @@ HEADS: dict[str, HeadConfig] = {
 }
 TOKENS = ("bins", "FAST", "VQ")
 NAMES = ("regression, L1", "regression, MSE", "bins", "bins, parallel", "FAST", "VQ", "flow", "diffusion")
+LONGER = {f"{name}, 3x longer": name for name in ("regression, L1", "flow", "diffusion")}
+"""The same policies with three times the steps: what learns slowly is not what cannot learn."""
 
 
 def tokenizer_of(vocabulary: list[str]) -> PreTrainedTokenizerFast:
@@ -99,6 +101,7 @@ class Bench:
 
     def policy(self, name: str) -> Any:
         """An untrained policy of that name, its action tokenizer fitted."""
+        name = LONGER.get(name, name)
         tokenizer = tokenizer_of(words(self.setting))
         model = backbone(tokenizer, self.seed)
         common: dict[str, Any] = {"horizon": HORIZON, "prompt": " {instruction}"}
@@ -142,16 +145,16 @@ class Bench:
 
 def learn(policy, bench: Bench, name: str) -> list[float]:
     """Train a policy in place; returns its mean loss in each sixth of the steps."""
-    setting = bench.setting
+    setting, n_steps = bench.setting, bench.setting.steps * (3 if name in LONGER else 1)
     loss, parameters = bench.loss(policy), list(policy.parameters())
     set_seed(bench.seed)
     optimizer = torch.optim.AdamW(
         parameters, lr=setting.learning_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True
     )
-    schedule, found = _schedule(optimizer, setting.steps), []
-    batches = _batches(len(bench.train), setting.batch_size, setting.steps, bench.seed)
+    schedule, found = _schedule(optimizer, n_steps), []
+    batches = _batches(len(bench.train), setting.batch_size, n_steps, bench.seed)
     policy.train()
-    for rows in tqdm(batches, total=setting.steps, desc=name, leave=False, mininterval=5):
+    for rows in tqdm(batches, total=n_steps, desc=name, leave=False, mininterval=5):
         found.append(_step(loss(rows), parameters, optimizer, schedule))
     policy.eval()
     return [float(np.mean(part)) for part in np.array_split(found, min(6, len(found)))]
