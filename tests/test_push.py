@@ -17,7 +17,15 @@ from test_fast_processor import smooth
 from tiny import SPACE, STATS, picture, save_native_llava, sharpen, tiny_llama, tiny_llava, tiny_tokenizer
 from writable_hub import WritableHub
 
-from hf_vla_actions import ActionConfig, ActionVocabulary, FASTActionTokenizer, NormStats, load_model, to_vla
+from hf_vla_actions import (
+    ActionConfig,
+    ActionVocabulary,
+    AutoModelForActionPrediction,
+    FASTActionTokenizer,
+    NormStats,
+    load_model,
+    to_vla,
+)
 from hf_vla_actions.cli import main as hf_vla
 from hf_vla_actions.demo.tiny_vlm import build_vlm
 from hf_vla_actions.errors import CheckpointError, HubError
@@ -184,6 +192,47 @@ def test_a_dry_run_asks_nothing_and_says_the_same(hub, folder, monkeypatch, caps
         name: len(text) for name, text in hub.files("lab/policy").items() if name in told["files"]
     }
     assert "published" in capsys.readouterr().out
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    folder = tmp_path / "adapter"
+    add_lora(tiny_llava(), LoraArguments(use_peft=True, lora_r=2)).save_pretrained(folder)
+    assert not (folder / "README.md").exists(), "PEFT has an empty form of a card"
+    values = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**values, "base_model_name_or_path": "lab/gone"}))
+    return folder
+
+
+def test_an_adapter_goes_nowhere_without_its_base_raises(hub, adapter, capsys):
+    assert hf_vla(["push", str(adapter), "lab/adapter", "--base_model", "lab/tiny"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert f"no base model lab/tiny at {hub.url}" in error
+    assert "Nothing was sent" in error
+    api = huggingface_hub.HfApi(endpoint=hub.url, token="hf_writer")
+    api.create_repo("lab/tiny")
+    with pytest.raises(HubError, match="lab/tiny holds no model"):
+        push(adapter, "lab/adapter", base_model="lab/tiny")
+    assert "lab/adapter" not in hub.repositories
+    assert not hub.blobs
+    api.upload_file(repo_id="lab/tiny", path_in_repo="config.json", path_or_fileobj=b"{}")
+    plan = push(adapter, "lab/adapter", base_model="lab/tiny", dry_run=True)
+    assert "whether there is a base model lab/tiny is asked when this is sent" in plan.notes
+    done = push(adapter, "lab/adapter", base_model="lab/tiny")
+    assert done.sent
+    assert not any("lab/tiny is" in note for note in done.notes)
+    hub.repositories["lab/tiny"]["private"] = True
+    again = push(adapter, "lab/adapter", base_model="lab/tiny")
+    assert "the base model lab/tiny is private: others cannot load the adapter" in again.notes
+
+
+def test_loading_an_adapter_whose_base_is_gone_raises_what_to_do(hub, adapter):
+    with pytest.raises(CheckpointError, match=r"lab/gone.*base=, --base") as caught:
+        AutoModelForActionPrediction.from_pretrained(adapter)
+    assert caught.value.__suppress_context__
+    (adapter / "action_config.json").unlink()
+    with pytest.raises(CheckpointError, match="lab/gone"):
+        AutoModelForActionPrediction.from_pretrained(adapter)
 
 
 def test_branches_and_pull_requests(hub, folder):

@@ -65,8 +65,9 @@ def agreement(
         before: (n,) the gripper's number before each chunk, real units, NaN where nobody knows; None for nowhere.
 
     Returns:
-        `l1` (see `action_metrics`), `within_1_bins`, `within_2_bins`, `within_5_bins` (see `within_bins`; a gripper that is
-        settled counts as the value it is settled to) and what `gripper_scores` says.
+        `l1/x` in the unit of x and `l1`, their plain mean (see `action_metrics`): it mixes meters, radians and the gripper,
+        so it compares trainings on one dataset, and is no distance. `within_1_bins`, `within_2_bins`, `within_5_bins` (see
+        `within_bins`; a gripper that is settled counts as the value it is settled to) and what `gripper_scores` says.
     """
     space = config.space(unnorm_key)
     codes, wanted = (grid_codes(config, unnorm_key, actions) for actions in (predicted, demonstrated))

@@ -143,7 +143,8 @@ def chunk_metrics(config: ActionConfig, unnorm_key: str, codes: np.ndarray, labe
         labels: (n, horizon * dof) demonstrated token ids, -100 on padding.
 
     Returns:
-        Token accuracy, L1 in normalized units and in real units per dimension (`l1/x` is in the unit of x), the share of
+        Token accuracy, L1 in normalized units and in real units per dimension (`l1/x` is in the unit of x; `l1` itself is
+        their mean, in mixed units), the share of
         near bins, and the scores of the gripper where the space names one (see `agreement`).
     """
     space = config.space(unnorm_key)

@@ -10,6 +10,7 @@ from hf_vla_actions.errors import CheckpointError
 from hf_vla_actions.hub.report import Adapter
 from hf_vla_actions.hub.source import Header, Source
 from hf_vla_actions.hub.weights import on_meta
+from hf_vla_actions.models.adapter import quiet_peft
 
 PREFIX_A, PREFIX_B = ".lora_A.", ".lora_B."
 
@@ -70,7 +71,8 @@ def _expected(source: Source, base: PreTrainedConfig) -> tuple[dict[str, tuple[i
 
     try:
         config = PeftConfig.from_pretrained(str(source.folder or source.path), **({} if source.folder else source.hub))
-        model: Any = get_peft_model(on_meta(base), config, low_cpu_mem_usage=True)  # type: ignore[arg-type]
+        with quiet_peft():
+            model: Any = get_peft_model(on_meta(base), config, low_cpu_mem_usage=True)  # type: ignore[arg-type]
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"adapter_config.json does not fit the base model: {error}") from None
     state = get_peft_model_state_dict(model, save_embedding_layers=False)

@@ -130,7 +130,7 @@ def push(
     Raises:
         CheckpointError: something speaks against running what is in the folder, it is no policy, or an adapter belongs to
             a base model that only this machine has.
-        HubError: no token, no permission or no network; nothing is visible then, and it can be run again.
+        HubError: no token, no permission or no network, or the Hub has no such base model of an adapter; nothing is visible then, and it can be run again.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -149,6 +149,8 @@ def push(
         uploaded |= _with_shim(choice.sent[CONFIG_FILE], report)
     to = None if dry_run else Upload(repo_id, token=token)
     repo_id = repo_id if to is None else to.repo_id
+    if report.adapter is not None:
+        notes += _notes_on_base(to, uploaded[ADAPTER_FILE])
     whose = _card(folder, repo_id, uploaded, card, facts, notes)
     uploaded = dict(sorted(uploaded.items()))
     sizes = {name: _size(content) for name, content in uploaded.items()}
@@ -259,6 +261,15 @@ def _on_base(file: Path, report: Report, base_model: str | None) -> dict[str, by
         return {}
     values |= {"base_model_name_or_path": base_model, "revision": None}
     return {ADAPTER_FILE: json.dumps(values, indent=2, sort_keys=True).encode()}
+
+
+def _notes_on_base(to: Upload | None, adapter: Path | bytes) -> list[str]:
+    """What to know of the base model that an adapter names; one that the Hub does not have raises."""
+    values = json.loads(adapter if isinstance(adapter, bytes) else adapter.read_text(encoding="utf-8"))
+    name = str(values["base_model_name_or_path"])
+    if to is None:
+        return [f"whether there is a base model {name} is asked when this is sent"]
+    return to.notes_on_base(name, values.get("revision"))
 
 
 def _with_shim(file: Path, report: Report) -> dict[str, bytes]:

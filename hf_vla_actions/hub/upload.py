@@ -9,6 +9,7 @@ from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import (
+    GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
     HTTPError,
@@ -77,6 +78,38 @@ class Upload:
         self.repo_id = repo_id
         if "/" not in repo_id:
             self.repo_id = f"{self._ask('ask who you are', self.api.whoami)['name']}/{repo_id}"
+
+    def notes_on_base(self, base_model: str, revision: str | None = None) -> list[str]:
+        """What to know of the base model of an adapter that is to be published, which others will load it on.
+
+        Args:
+            base_model: owner/name.
+            revision: of it, where the adapter names one.
+
+        Raises:
+            HubError: it is not there, or this token may not see it, or it holds no model.
+        """
+        what = f"publish an adapter whose base model {base_model} nobody can load, to"
+        try:
+            info = self._ask(what, self.api.model_info, repo_id=base_model, revision=revision)
+        except HubError as error:
+            if isinstance(error.__cause__, GatedRepoError):
+                return [f"the base model {base_model} is given to those only who ask for it"]
+            if error.status in (401, 404):
+                raise HubError(
+                    f"there is no base model {base_model}{f' at {revision}' if revision else ''} at {self.api.endpoint}, or "
+                    "this token may not see it, so that nobody could load the adapter: push the base first, name the one "
+                    "that was trained on (base_model=, --base_model), or merge the adapter (hf-vla merge). Nothing was sent",
+                    error.status,
+                ) from error
+            raise
+        names = {file.rfilename for file in info.siblings or ()}
+        if "config.json" not in names:
+            raise HubError(
+                f"the repository {base_model} holds no model (no config.json), so that nobody could load the adapter. "
+                "Nothing was sent"
+            )
+        return [f"the base model {base_model} is private: others cannot load the adapter"] if info.private else []
 
     def send(
         self,

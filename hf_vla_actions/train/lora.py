@@ -12,7 +12,7 @@ from transformers import BitsAndBytesConfig
 from transformers.hf_argparser import string_to_bool
 
 from hf_vla_actions.errors import TrainingError
-from hf_vla_actions.models.adapter import save_whole_adapter
+from hf_vla_actions.models.adapter import quiet_peft, save_whole_adapter
 from hf_vla_actions.models.families import family_of
 from hf_vla_actions.models.fingerprint import BaseFingerprint
 from hf_vla_actions.train.arguments import LoraArguments, VLATrainingArguments
@@ -64,7 +64,8 @@ def add_lora(policy, args: LoraArguments) -> Any:
             use_dora=args.lora_dora,
         )
         base = BaseFingerprint.of(policy)
-        model = get_peft_model(policy, config)
+        with quiet_peft():
+            model = get_peft_model(policy, config)
     except ValueError as error:
         raise TrainingError(f"no LoRA adapter can be made: {error}") from None
     if head is not None:
@@ -114,6 +115,24 @@ def quantized_loading(lora: LoraArguments, args: VLATrainingArguments) -> dict[s
 def cuts_weights() -> bool:
     """Whether `accelerate launch` was told to divide the weights among processes."""
     return any(string_to_bool(os.environ.get(f"ACCELERATE_USE_{name}", "false")) for name in ("FSDP", "DEEPSPEED"))
+
+
+ALL_RUN = ("gpt2", "llama", "gemma", "gemma3_text", "qwen2", "qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text")
+"""Language models of which every linear layer reads every token: no experts, no layer that takes another's keys."""
+
+
+def every_adapter_runs(policy, args: LoraArguments) -> bool:
+    """Whether each number that a LoRA adapter trains surely gets a gradient from each batch.
+
+    Several processes wait for all gradients; where some may be missing, DistributedDataParallel must look for them in
+    each step. Vision towers have layers that never run, and a continuous head leaves the output layer out.
+
+    Args:
+        policy: made by `to_vla`.
+        args: which layers get an adapter.
+    """
+    only_language = args.use_peft and not args.lora_vision and policy.action_config.head is None
+    return only_language and policy.config.get_text_config().model_type in ALL_RUN
 
 
 def _name_of(model: nn.Module, layer: nn.Module) -> str:

@@ -22,7 +22,7 @@ from hf_vla_actions.train.checkpoints import UNFINISHED, last_whole, read_seal, 
 from hf_vla_actions.train.collator import ActionCollator
 from hf_vla_actions.train.freeze import Frozen, freeze_parts
 from hf_vla_actions.train.head_trainer import HeadTrainer, check_transfusion
-from hf_vla_actions.train.lora import add_lora
+from hf_vla_actions.train.lora import add_lora, every_adapter_runs
 from hf_vla_actions.train.record import FILE_NAME as TRAINING_FILE
 from hf_vla_actions.train.trainer import VLATrainer, taco_loss_of
 
@@ -71,6 +71,7 @@ def fine_tune(
     Returns:
         The trained model (a PeftModel with LoRA) and the metrics: those of held-out episodes start with `eval_`,
         those of a sample of the training data with `train_`; of a mixture each dataset's with `eval_KEY_`, `train_KEY_`.
+        `eval_l1/x` is in the unit of x; `eval_l1` is the mean over all dimensions, in mixed units (see `agreement`).
     """
     # Before an old run is removed:
     taco_loss_of(policy.action_config, args, ActionCollator(policy.prompts, unnorm_key).unnorm_keys)
@@ -88,6 +89,8 @@ def fine_tune(
         # Some of its weights never run (a tower's last block, SigLIP's pooling; with a head the output layer), and without this several processes
         # would wait for their gradients. Trainer turns it off where activations are checkpointed.
         args.ddp_find_unused_parameters = True
+    elif lora is not None and every_adapter_runs(policy, lora) and args.ddp_find_unused_parameters is None:
+        args.ddp_find_unused_parameters = False  # Trainer would look for unused ones around every PEFT model
     trainer = (HeadTrainer if has_head else VLATrainer)(
         model,
         args,
