@@ -97,9 +97,8 @@ def measure(bench: Bench, name: str, folder: Path) -> dict[str, Any]:
     policy = bench.policy(name)
     row: dict[str, Any] = {"name": name, "seed": bench.seed, "loss": learn(policy, bench, name)}
     row["train_cpu_seconds"] = round(time.process_time() - begin, 1)
-    n_paths = 12 if bench.seed == 0 else 0
     set_seed(bench.seed)
-    row["walls"] = [asdict(one) for one in judge(predictor(policy), bench.setting, name, n_paths)]
+    row["walls"] = [asdict(one) for one in judge(predictor(policy), bench.setting, name)]
     if name in TOKENS:
         sampled = judge(predictor(policy, do_sample=True), bench.setting, f"{name}, sampled")
         row["sampled"] = [asdict(one) for one in sampled]

@@ -162,7 +162,6 @@ class Judged:
         left: seeds that passed on the left.
         right: on the right; the others never passed.
         steps: mean of those that arrived; None if there are none.
-        paths: some ways of the tool from the middle of the wall, mm.
     """
 
     blocked: float
@@ -173,7 +172,6 @@ class Judged:
     left: list[int] = field(default_factory=list)
     right: list[int] = field(default_factory=list)
     steps: float | None = None
-    paths: list[list[list[int]]] = field(default_factory=list)
 
 
 def stopped(episode: Rollout) -> int:
@@ -183,7 +181,7 @@ def stopped(episode: Rollout) -> int:
     return int((np.abs(places[1:] - meant) > 1e-9).any(axis=1).sum())
 
 
-def judge(predict: Callable, setting: Setting, name: str, n_paths: int = 0) -> list[Judged]:
+def judge(predict: Callable, setting: Setting, name: str) -> list[Judged]:
     """Closed-loop episodes at every wall, on the same seeds for every policy."""
     seeds, out = range(UNSEEN, UNSEEN + setting.judged), []
     for blocked in setting.blocked:
@@ -195,11 +193,11 @@ def judge(predict: Callable, setting: Setting, name: str, n_paths: int = 0) -> l
             execute_steps=setting.execute,
             description=f"{name}, {blocked} m blocked",
         )
-        out.append(_judged(episodes, blocked, n_paths))
+        out.append(_judged(episodes, blocked))
     return out
 
 
-def _judged(episodes: Sequence[Rollout], blocked: float, n_paths: int) -> Judged:
+def _judged(episodes: Sequence[Rollout], blocked: float) -> Judged:
     judged, env = Judged(blocked, len(episodes)), make_env(blocked, 1)
     for episode in episodes:
         number = episode.seed - UNSEEN
@@ -213,8 +211,6 @@ def _judged(episodes: Sequence[Rollout], blocked: float, n_paths: int) -> Judged
         judged.clean += [number] * (episode.success and not touches)
         if len(beyond):
             (judged.left if path[beyond[0], 0] < 0 else judged.right).append(number)
-        if len(judged.paths) < n_paths:
-            judged.paths.append(np.round(1000 * path).astype(int).tolist())
     steps = [len(episode.actions) for episode in episodes if episode.success]
     judged.steps = float(np.mean(steps)) if steps else None
     return judged
