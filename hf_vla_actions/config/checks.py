@@ -10,8 +10,11 @@ import numpy as np
 from hf_vla_actions.actions import ActionSpace, ActionStats
 from hf_vla_actions.constraints import bind
 from hf_vla_actions.errors import VLAActionsError
+from hf_vla_actions.heads.one_shot import PointConfig
 from hf_vla_actions.tokenizers import FASTActionTokenizer, VQActionTokenizer
 from hf_vla_actions.tokenizers.fast_length import fewest_codes, most_codes
+
+LEAST_REACH = 3.0  # standard deviations: all but three of a thousand numbers of a normal distribution
 
 
 def check_config(config: Any) -> None:
@@ -70,6 +73,14 @@ def _check_head(config, key: str, space: ActionSpace) -> None:
         raise VLAActionsError(f"the head predicts chunks of {head.horizon} actions, the config says {config.horizon}")
     if head.dof < space.dof:
         raise VLAActionsError(f"{key!r} has {space.dof} dimensions, the head only {head.dof}")
+    if config.stats(key).mode == "normal" and head.reach is not None and head.reach < LEAST_REACH:
+        raise VLAActionsError(
+            f"{key!r}: a {head.kind!r} head answers within [-{head.reach:g}, {head.reach:g}], and z-scores (mode 'normal') go "
+            "further, so it would stop short: use mode 'bounds_q99' or 'bounds', a 'flow' or 'regression' head, or "
+            "'diffusion' with clip=5.0"
+        )
+    if isinstance(head, PointConfig) and head.gripper_dim is not None:
+        _check_gripper(config, key, space)
     if head.proprio_dim is not None:
         state = config.norm_stats[key]["proprio"]
         if state is None or state.dof > head.proprio_dim:
@@ -78,6 +89,32 @@ def _check_head(config, key: str, space: ActionSpace) -> None:
                 f"the head reads a state of up to {head.proprio_dim} numbers, and the statistics of {key!r} to normalize it "
                 f"are {found}: give proprio statistics, or a head with proprio_dim=None"
             )
+
+
+def _check_gripper(config, key: str, space: ActionSpace) -> None:
+    """Raise if a gripper that the head says open or closed would not become so."""
+    head, gripper = config.head, space.gripper
+    if gripper is None:
+        return
+    dim = space.index(gripper.dim)
+    if dim != head.gripper_dim or gripper.relative:
+        what = f"a relative gripper in dimension {dim}" if gripper.relative else f"its gripper in dimension {dim}"
+        raise VLAActionsError(
+            f"{key!r} has {what}, and the head says dimension {head.gripper_dim} with one of two states: set gripper_dim to "
+            "that of an absolute gripper, or leave it out"
+        )
+    said = np.zeros((2, config.horizon, head.dof))
+    said[..., dim] = np.array(head.gripper_values)[:, None]
+    real = config.unnormalize(said, key)[1]
+    is_open = gripper.is_open(real[..., dim])
+    real[..., dim] = np.array([[gripper.closed], [gripper.open]])
+    states = config.normalize(real, key)[..., dim]
+    if (is_open[0] == is_open[1]).any() or ((states > sum(head.gripper_values) / 2) != is_open).any():
+        low, high = sorted(states[:, 0].round(6).tolist())
+        raise VLAActionsError(
+            f"{key!r}: the head says {head.gripper_values} for the states of the gripper, which does not make it open and "
+            f"closed: by these statistics they are gripper_values=({low:g}, {high:g})"
+        )
 
 
 def _check_tokens(config, key: str, space: ActionSpace, stats: ActionStats) -> None:

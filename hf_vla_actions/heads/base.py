@@ -86,6 +86,11 @@ class HeadConfig(abc.ABC):
         if self.proprio_dim is not None:
             check_whole("proprio_dim", self.proprio_dim)
 
+    @property
+    def reach(self) -> float | None:
+        """The largest normalized number that it can answer; None: it can answer any."""
+        return None
+
     @abc.abstractmethod
     def build(self, width: int) -> ActionHead:
         """The head, with random weights, for a model whose hidden states have this width."""
@@ -209,8 +214,9 @@ class ActionHead(nn.Module, abc.ABC):
             raise HeadError(f"normalized chunks of this head have shape {shape}, got {tuple(actions.shape)}")
         real = real_numbers(pad_mask, actions)
         # What is padding may hold anything; it must not become NaN times zero.
-        errors = self.errors(features, torch.where(real, actions, 0.0).to(self.dtype), generator=generator)
-        total = torch.where(real, errors, 0.0).sum()
+        known = torch.where(real, actions, 0.0).to(features.hidden.device, self.dtype)
+        errors = self.errors(features, known, generator=generator)
+        total = torch.where(real.to(errors.device), errors, 0.0).sum()
         return total / (real.sum().clamp(min=1) if n_items is None else n_items)
 
     @torch.no_grad()
@@ -273,15 +279,17 @@ class ActionHead(nn.Module, abc.ABC):
             raise HeadError(
                 f"proprio has shape (batch, {self.config.proprio_dim}), got {tuple(features.proprio.shape)}"  # type: ignore[union-attr]
             )
-        return _as_dtype(features, self.dtype)
+        # The layers of a model may be spread over devices, whose last one need not be the head's.
+        device = next((parameter.device for parameter in self.parameters()), features.hidden.device)
+        return _moved(features, device, self.dtype)
 
 
-def _as_dtype(features: Features, dtype: torch.dtype) -> Features:
+def _moved(features: Features, device: torch.device, dtype: torch.dtype) -> Features:
     def cast(value: torch.Tensor | None) -> torch.Tensor | None:
-        return value if value is None or not value.is_floating_point() else value.to(dtype)
+        return None if value is None else value.to(device, dtype if value.is_floating_point() else None)
 
     tensors = {f.name: cast(getattr(features, f.name)) for f in fields(features) if f.name != "cache"}
-    cache = features.cache and tuple((keys.to(dtype), values.to(dtype)) for keys, values in features.cache)
+    cache = features.cache and tuple((cast(keys), cast(values)) for keys, values in features.cache)
     return Features(**tensors, cache=cache)  # type: ignore[arg-type]
 
 

@@ -71,6 +71,11 @@ class DiffusionConfig(HeadConfig):
             return DDIM(self.train_steps, steps, clip=clip)
         return DDPM(self.train_steps, steps, clip=clip, variance=self.variance)
 
+    @property
+    def reach(self) -> float | None:
+        """See the base class."""
+        return self.clip
+
     def build(self, width: int) -> DiffusionHead:
         """See `HeadConfig.build`."""
         return DiffusionHead(self, width)

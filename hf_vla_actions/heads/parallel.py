@@ -38,6 +38,11 @@ class ParallelConfig(HeadConfig):
         if not isinstance(self.shared, bool):
             raise HeadError(f"shared is True or False, got {self.shared!r}")
 
+    @property
+    def reach(self) -> float:
+        """See the base class."""
+        return 1.0
+
     def build(self, width: int) -> ParallelHead:
         """See the base class."""
         return ParallelHead(self, width)

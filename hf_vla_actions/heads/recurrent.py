@@ -44,6 +44,11 @@ class RecurrentConfig(PointConfig):
         if self.gripper_dim is not None and self.dof == 1:
             raise HeadError("a 'recurrent' head with a gripper needs other dimensions beside it; dof is 1")
 
+    @property
+    def reach(self) -> float:
+        """See the base class."""
+        return 1.0
+
     def build(self, width: int) -> RecurrentHead:
         """See the base class."""
         return RecurrentHead(self, width)
@@ -98,7 +103,9 @@ class RecurrentHead(PointHead):
         before = (~real).sum(dim=1, keepdim=True)
         order = (torch.arange(steps.shape[1], device=steps.device) + before) % steps.shape[1]
         steps = torch.where(real[..., None], steps, 0.0)
-        states, _ = self.lstm(steps.take_along_dim(order[..., None], dim=1))
+        # Not in half precision: not every processor can, and what is rounded at one step is rounded again at the next.
+        with torch.autocast(steps.device.type, enabled=False):
+            states, _ = self.lstm(steps.to(self.dtype).take_along_dim(order[..., None], dim=1))
         present = steps.shape[1] - 1 - before
         return states.take_along_dim(present[..., None], dim=1)[:, 0]
 

@@ -8,7 +8,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,10 +21,10 @@ from hf_vla_actions.heads import ActionHead, Features, Guidance
 from hf_vla_actions.heads.guidance import Chain, Repaint, SoftPrefix
 from hf_vla_actions.heads.transfusion import transfusion_loss
 from hf_vla_actions.models.checks import SENTENCE, SENTENCES
-from hf_vla_actions.models.features import features_of, unsaid
+from hf_vla_actions.models.features import check_inputs, features_of, unsaid
 from hf_vla_actions.models.generation import check_style
 from hf_vla_actions.models.head_checks import head_reads_instruction, head_sees_image
-from hf_vla_actions.models.head_files import save_head, split_state
+from hf_vla_actions.models.head_files import head_taken_off, save_head, split_state
 from hf_vla_actions.models.memory import Memory
 from hf_vla_actions.models.mixin import ActionPredictionMixin
 from hf_vla_actions.models.output import ActionOutput, commanded
@@ -162,6 +161,7 @@ class HeadPolicyMixin(ActionPredictionMixin):
             insulate: no gradient goes from the head into the vision-language model (knowledge insulation, arXiv
                 2505.23705).
         """
+        check_inputs(self, inputs)
         if labels is not None and self.action_head.n_slots:
             raise VLAActionsError(
                 f"a {self.action_head.config.kind!r} head has learned embeddings behind the prompt, which would read the words "
@@ -233,6 +233,7 @@ class HeadPolicyMixin(ActionPredictionMixin):
         if input_ids is None:
             raise VLAActionsError("predict_action needs the tensors of prepare(): predict_action(**inputs)")
         check_style(style)
+        check_inputs(self, inputs)
         bound = bind(
             constraints,
             config.space(key),
@@ -295,8 +296,11 @@ class HeadPolicyMixin(ActionPredictionMixin):
 
         def into_the_allowed(clean: torch.Tensor) -> torch.Tensor:
             _, real = config.unnormalize(clean.double().cpu().numpy(), key)
-            moved = torch.from_numpy(config.normalize(bound.project(real, style), key)).to(clean)
-            return torch.cat([moved[..., :dof], clean[..., dof:]], dim=-1)
+            moved = bound.project(real, style)
+            # Where nothing is moved the estimate stays: a gripper half open, or a value beyond the bounds of the statistics.
+            there = torch.from_numpy(config.normalize(moved, key)[..., :dof]).to(clean)
+            kept = torch.from_numpy(moved == real).to(clean.device)
+            return torch.cat([torch.where(kept, clean[..., :dof], there), clean[..., dof:]], dim=-1)
 
         return Repaint(into_the_allowed)
 
@@ -358,18 +362,15 @@ class HeadPolicyMixin(ActionPredictionMixin):
             remote_code_shim: as in `ActionPredictionMixin.save_pretrained`.
             kwargs: as in Transformers.
         """
-        state = kwargs.pop("state_dict", None)
-        native, head = split_state(self.state_dict() if state is None else state)  # type: ignore[attr-defined]
+        head = self.action_head.state_dict()
+        if kwargs.get("state_dict") is not None:
+            kwargs["state_dict"], head = split_state(kwargs["state_dict"])
         if is_main_process:
-            Path(save_directory).mkdir(parents=True, exist_ok=True)
             save_head(head, save_directory)
-        super().save_pretrained(
-            save_directory,
-            is_main_process=is_main_process,
-            remote_code_shim=remote_code_shim,
-            state_dict=native,
-            **kwargs,
-        )
+        with head_taken_off(self):
+            super().save_pretrained(
+                save_directory, is_main_process=is_main_process, remote_code_shim=remote_code_shim, **kwargs
+            )
 
 
 def forward_of(native: type) -> Any:

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from inspect import signature
 from typing import Any
 
 import torch
@@ -54,6 +55,25 @@ def features_of(policy, head: ActionHead, inputs: Mapping[str, Any]) -> tuple[Fe
     if not head.needs_cache:
         return Features(hidden[:, :length], mask.bool(), slots), said
     return Features(hidden, mask.bool(), slots, cache_of(out, length), _next_position(policy, mask)), said
+
+
+def check_inputs(policy, inputs: Mapping[str, Any]) -> None:
+    """Raise for what is no tensor of a prompt: a model would take no notice of it, without a word.
+
+    Args:
+        policy: model made by `to_vla`.
+        inputs: what was given beside the options of the head.
+    """
+    known = {*signature(policy.native_forward).parameters, "token_type_ids", "mm_token_type_ids"}
+    useless = sorted(
+        name for name, value in inputs.items() if name not in known or not isinstance(value, torch.Tensor)
+    )
+    if useless:
+        raise VLAActionsError(
+            f"a policy with a {policy.action_config.head.kind!r} head has no use for {useless} here: beside the tensors of "
+            "prepare(), predict_action takes proprio, noise, generator, num_steps and guidance (no options of generate); "
+            "forward takes normalized, action_pad_mask, normalized_proprio, past_mask and labels"
+        )
 
 
 def unsaid(features: Features, labels: torch.Tensor) -> Features:

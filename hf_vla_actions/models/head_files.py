@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,16 @@ def load_head(head: ActionHead, folder: str | os.PathLike, **hub: Any) -> None:
         raise CheckpointError(
             f"{file} does not fit the head of its action config: {' '.join(str(error).split())}"
         ) from None
+
+
+@contextmanager
+def head_taken_off(policy) -> Iterator[None]:
+    """Within it, the model has no head: what it saves itself, quantized weights among it, is the native model's."""
+    head = policy._modules.pop("action_head")
+    try:
+        yield
+    finally:
+        policy._modules["action_head"] = head
 
 
 def split_state(state: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:

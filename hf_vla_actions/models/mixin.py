@@ -40,6 +40,11 @@ from hf_vla_actions.models.whole_chunks import predict_whole_chunks
 from hf_vla_actions.runtime import Overlap, RecedingHorizon, remembered
 
 
+def native_class_of(model) -> type:
+    """The class that a model had before `to_vla`; its own if it is no policy."""
+    return next(one for one in type(model).__mro__ if not issubclass(one, ActionPredictionMixin))
+
+
 class ActionPredictionMixin:
     """`prepare`, `predict_action` and `policy` for a model with `generate()`; made by `to_vla`.
 

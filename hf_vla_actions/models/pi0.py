@@ -21,7 +21,7 @@ from hf_vla_actions.heads.times import FLOW_TIMES
 from hf_vla_actions.models.continuous import HeadPolicyMixin, forward_of
 from hf_vla_actions.models.families import PI0
 from hf_vla_actions.models.features import cache_of, uses_cache
-from hf_vla_actions.models.mixin import ActionPredictionMixin
+from hf_vla_actions.models.mixin import ActionPredictionMixin, native_class_of
 from hf_vla_actions.models.pi0_processor import PI0Prompts, check_pi0_processor, normalized_state
 
 UNNORM_KEY = "pi0"  # statistics of a PI0Processor have no name
@@ -119,6 +119,12 @@ class PI0PolicyMixin(HeadPolicyMixin):
         """Pictures and words, read once for all steps of integration."""
         policy: Any = self
         missing = [name for name in ("pixel_values", "pixel_attention_mask") if inputs.get(name) is None]
+        useless = sorted(set(inputs) - {"input_ids", "attention_mask", "pixel_values", "pixel_attention_mask"})
+        if useless:
+            raise VLAActionsError(
+                f"PI0 has no use for {useless} here: predict_action takes the state as proprio= in real units, forward with "
+                "normalized= chunks as normalized_proprio=; sample_actions is the native method"
+            )
         if missing:
             raise VLAActionsError(f"PI0 needs the tensors of prepare(), {missing} are missing")
         ids, mask = inputs["input_ids"], inputs.get("attention_mask")
@@ -159,8 +165,7 @@ def pi0_policy(model: Any, processor: Any, config: ActionConfig) -> Any:
     if config.tokenizer is not None:
         raise VLAActionsError("PI0 has no output layer for action tokens: leave tokenizer and vocabulary out")
     _check_fits(config.head, model.config)
-    native = type(model).__mro__[2] if isinstance(model, ActionPredictionMixin) else type(model)
-    model.__class__ = _policy_class(native)
+    model.__class__ = _policy_class(native_class_of(model))
     model.action_config, model.processor = config, processor
     model.prompts = PI0Prompts(processor, config, PI0)
     return model
@@ -210,7 +215,7 @@ def _check_fits(head: NativeFlowConfig, native: Any) -> None:
     found = {
         "horizon": native.chunk_size,
         "dof": native.max_action_dim,
-        "proprio_dim": native.max_state_dim if head.proprio_dim is not None else None,
+        "proprio_dim": None if head.proprio_dim is None else min(head.proprio_dim, native.max_state_dim),
         "beta": (native.time_sampling_beta_alpha, native.time_sampling_beta_beta),
         "time": "pi0" if times == (0.999, 0.001) else f"scale and offset {times}",
     }

@@ -17,7 +17,7 @@ from hf_vla_actions.models.continuous import HeadPolicyMixin, forward_of
 from hf_vla_actions.models.embeddings import grow_embeddings
 from hf_vla_actions.models.families import OPENVLA_TYPE, PI0_TYPE, family_of
 from hf_vla_actions.models.features import sizes_of, watch_embeddings
-from hf_vla_actions.models.mixin import ActionPredictionMixin
+from hf_vla_actions.models.mixin import ActionPredictionMixin, native_class_of
 from hf_vla_actions.models.pi0 import pi0_policy
 from hf_vla_actions.models.prompts import PromptBuilder
 from hf_vla_actions.tokenizers import ActionVocabulary
@@ -36,7 +36,7 @@ def to_vla(model, processor, config: ActionConfig, head: HeadConfig | ActionHead
         processor: its processor (with the action tokens in its tokenizer); for a text-only model the tokenizer.
         config: what turns token ids into robot commands.
         head: a continuous head for actions: what it is made of (it starts with random weights), or a module. By default
-            `config.head`, if there is one.
+            `config.head`, if there is one. A policy that has this very head keeps it, with its weights.
 
     Rows that are added for action tokens get a start (`models.embeddings`). Rows that the model has already stay as they
     are, since nobody can tell whether they were trained: for a new policy on unused ones call `initialize_rows`, as the
@@ -81,12 +81,10 @@ def to_vla(model, processor, config: ActionConfig, head: HeadConfig | ActionHead
         warn_of_words(config.vocabulary, prompts.tokenizer)
         grow_embeddings(model, config.vocabulary, len(prompts.tokenizer))
         model.generation_config = _neutral_generation(model.generation_config, config.vocabulary)
-    native_class = type(model).__mro__[2] if isinstance(model, ActionPredictionMixin) else type(model)
-    model.__class__ = _policy_class(native_class, config.head is not None)  # type: ignore[arg-type]
+    model.__class__ = _policy_class(native_class_of(model), config.head is not None)  # type: ignore[arg-type]
     policy: Any = model
     policy.action_config, policy.processor, policy.prompts = config, processor, prompts
-    if config.head is not None:
-        _attach(policy, config.head, head)
+    _attach(policy, config.head, head)
     return policy
 
 
@@ -107,8 +105,14 @@ def _with_head(config: ActionConfig, head: HeadConfig | ActionHead | None) -> Ac
     return replace(config, head=wanted)
 
 
-def _attach(policy, config: HeadConfig, head: HeadConfig | ActionHead | None) -> None:
-    """Put the head into the model, on its device."""
+def _attach(policy, config: HeadConfig | None, head: HeadConfig | ActionHead | None) -> None:
+    """Put the head into the model, on its device; one that a policy has already stays, if it is the one that is asked for."""
+    old = policy._modules.get("action_head")
+    if config is None:
+        policy._modules.pop("action_head", None)
+        return
+    if old is head is not None or (old is not None and not isinstance(head, ActionHead) and old.config == config):
+        return
     width = policy.get_input_embeddings().weight.shape[1]
     if isinstance(head, ActionHead):
         if head.width != width:
