@@ -22,6 +22,7 @@ from hf_vla_actions.train import RECIPES, LoraArguments, VLATrainingArguments
 from hf_vla_actions.train.__main__ import main
 from hf_vla_actions.train.arguments import DataArguments, ModelArguments
 from hf_vla_actions.train.collator import ActionCollator, action_loss
+from hf_vla_actions.train.lora import every_adapter_runs
 from hf_vla_actions.train.memory import NF4_BYTES, Batch, memory_of
 from hf_vla_actions.train.plan import check_possible, count_parts, make_plan, steps_of
 from hf_vla_actions.train.run import model_of
@@ -282,6 +283,19 @@ def test_planned_activations_are_those_that_autograd_keeps(lora, bf16, bases, ro
     assert 0.8 < plan.memory.activations / kept < 1.3
 
 
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "qwen3_vl", "paligemma", "gemma3", "gpt2"])
+def test_every_adapter_gets_a_gradient_where_no_process_looks_for_those_without(family, bases, robot):
+    policy, key, _, chunks = load(bases(family), robot, load_model)
+    assert every_adapter_runs(policy, LORA)
+    assert not every_adapter_runs(policy, LoraArguments(True, lora_vision=True))
+    assert not every_adapter_runs(policy, LoraArguments())
+    model = model_of(policy, training(), LORA).train()
+    batch = ActionCollator(policy.prompts, key)([chunks[0]])
+    labels, _ = batch.pop("labels"), batch.pop("sample_ids")
+    action_loss(model(**batch), labels).backward()
+    assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
 def test_several_processes_with_whole_weights_keep_their_gradients_twice(bases, robot, monkeypatch):
     policy, key, dataset, chunks = load(bases("llava"), robot, load_outline)
     model = model_of(policy, training(), LORA)
@@ -381,6 +395,13 @@ IMPOSSIBLE = [
     (["--lora_r", "8"], "--lora_r without --use_peft: all weights would be trained"),
     (["--per_device_train_batch_size", "0"], "per_device_train_batch_size is a whole number of at least 1"),
     (["--eval_strategy", "steps"], "without --eval_fraction"),
+    (["--use_peft", "--lora_init", "bogus"], "starts as one of"),
+    (["--use_peft", "--lora_init", "orthogonal", "--lora_r", "3"], "even --lora_r"),
+    (["--action_units", "parsec", "m", "m", "rad", "rad", "rad", "none"], "nobody knows 'parsec'"),
+    (["--hub_model_id", "lab/tiny"], "--hub_model_id without --push_to_hub"),
+    (["--push_to_hub", "true"], "without a token"),
+    (["--fast_scale", "20"], "pass --action_tokenizer fast"),
+    (["--vq_steps", "5"], "pass --action_tokenizer vq"),
 ]
 OF_THE_MODEL = [
     (["--use_peft", "--lora_target_modules", "nothing_like_it"], "no LoRA adapter"),
@@ -402,6 +423,7 @@ def test_what_is_impossible_is_refused_before_weights_raises(
         raise AssertionError("weights were loaded")
 
     monkeypatch.setattr(load_policy, "__kwdefaults__", {**load_policy.__kwdefaults__, "load": never})
+    monkeypatch.setattr("hf_vla_actions.train.__main__.get_token", lambda: None)
     assert main(command(bases("llava"), robot, tmp_path / "out", *options)) == 2
     error = capsys.readouterr().err.splitlines()
     assert message in error[-1]

@@ -31,6 +31,12 @@ def factor(unit: str | None, to: str | None, dim: str) -> float:
     raise ActionSpaceError(f"{dim}: nobody can turn {unit or 'no unit'} into {to or 'no unit'}; there are {known}")
 
 
+def is_known(unit: str) -> bool:
+    """Whether a unit is one of lengths or angles, a multiple of one (`0.05 m`), or that in a time (`m/s`, `rad/s^2`)."""
+    name, slash, time = str(_split(unit)[1]).partition("/")
+    return (name in LENGTHS or name in ANGLES) and (not slash or time in ("s", "s^2"))
+
+
 def is_angle(unit: str | None) -> bool:
     """Whether a unit is one of angles, or a multiple of one."""
     return _split(unit)[1] in ANGLES

@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import get_token
 from torch.utils.data import ConcatDataset
 from transformers import HfArgumentParser, IntervalStrategy, set_seed
 
@@ -178,9 +179,35 @@ def _refuse_idle(asked: Asked) -> None:
             f"{', '.join(idle)} without --use_peft: all weights would be trained. Add --use_peft for an adapter, or leave "
             f"{'them' if len(idle) > 1 else 'it'} out"
         )
+    _check_hub(asked)
     when = IntervalStrategy(asked.args.eval_strategy).value
     if when != "no" and not asked.data.eval_fraction:
         raise TrainingError(f"--eval_strategy {when} without --eval_fraction: no episode is held out to evaluate on")
+
+
+def _check_hub(asked: Asked) -> None:
+    """Refuse options about the Hub that do nothing, and a push without a token."""
+    args = asked.args
+    idle = [
+        f"--{n}" for n in ("hub_model_id", "hub_strategy", "hub_private_repo", "hub_revision") if n in asked.options
+    ]
+    if idle and not args.push_to_hub:
+        raise TrainingError(f"{', '.join(idle)} without --push_to_hub true: nothing would be published")
+    if args.push_to_hub and not (args.hub_token or get_token()):
+        raise TrainingError(
+            "--push_to_hub without a token: log in with `hf auth login`, or set HF_TOKEN; or train first and publish with "
+            "`hf-vla push`, which checks the policy and writes its card"
+        )
+
+
+def _published(args: VLATrainingArguments) -> str | None:
+    """What Transformers' Trainer publishes, as it names the repository; None for nothing."""
+    if not args.push_to_hub:
+        return None
+    named = args.hub_model_id or Path(str(args.output_dir)).absolute().name
+    who = {None: "as private as its owner's settings say", True: "private", False: "public"}[args.hub_private_repo]
+    what = "at the end" if args.hub_strategy == "end" else f"at each save and at the end ({args.hub_strategy.value})"
+    return f"{named if '/' in named else named + ' of the owner of the token'}, {who}, {what}, unchecked"
 
 
 def _check_head(asked: Asked) -> None:
@@ -189,6 +216,7 @@ def _check_head(asked: Asked) -> None:
     idle = asked.model.said()
     idle |= {} if args.transfusion_weight is None else {"--transfusion_weight": args.transfusion_weight}
     idle |= {"--head_insulate": True} if args.head_insulate else {}
+    idle |= {} if args.head_learning_rate is None else {"--head_learning_rate": args.head_learning_rate}
     if asked.model.head is not None:
         check_head(asked.model, mode, weighted=args.transfusion_weight is not None)
     elif idle or mode == "normal":
@@ -252,8 +280,10 @@ def _plan(asked: Asked, parts) -> int:
     ]
     shares = dict(zip(keys, chunks.shares.tolist(), strict=True)) if len(keys) > 1 else {}
     plan = replace(plans[0], datasets=tuple(report for each in plans for report in each.datasets), shares=shares)
+    published = _published(args)
     if args.process_index == 0:
         sys.stdout.write(plan.text())
+        sys.stdout.write("" if published is None else f"publishes: {published} (hf-vla push checks it first)\n")
     return 0
 
 

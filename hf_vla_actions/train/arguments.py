@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
@@ -11,7 +12,10 @@ from hf_vla_actions.errors import TrainingError
 from hf_vla_actions.train.head_arguments import HeadArguments
 from hf_vla_actions.train.recipes import RECIPES
 
+LORA_INITS, NITER = ("gaussian", "orthogonal", "olora", "pissa"), re.compile("pissa_niter_[1-9][0-9]*")
+"""Those of PEFT that need the weights at most; EVA, CorDA and LoRA-GA start from data, LoftQ from a quantization."""
 FULL_LEARNING_RATE, LORA_LEARNING_RATE = 2e-5, 5e-4
+HEAD_LEARNING_RATE = 1e-4  # SmolVLA's, whose expert begins at random too
 
 
 @dataclass
@@ -213,7 +217,8 @@ class LoraArguments:
     lora_init: str | None = field(
         default=None,
         metadata={
-            "help": "How the adapter starts, such as 'gaussian'. Default: PEFT's own. It changes nothing at first."
+            "help": "How the adapter starts: 'gaussian', 'orthogonal', 'olora', 'pissa' or 'pissa_niter_16'. Default: PEFT's "
+            "own. It changes nothing at first."
         },
     )
     lora_action_rows: bool = field(
@@ -242,6 +247,14 @@ class LoraArguments:
     )
 
     def __post_init__(self):
+        start = self.lora_init
+        if start is not None and start not in LORA_INITS and NITER.fullmatch(start) is None:
+            raise TrainingError(
+                f"--lora_init {start}: an adapter starts as one of {list(LORA_INITS)} or pissa_niter_N; leave it out for "
+                "PEFT's own"
+            )
+        if start == "orthogonal" and self.lora_r % 2:
+            raise TrainingError(f"--lora_init orthogonal takes an even --lora_r, got {self.lora_r}")
         if self.lora_r < 1:
             raise TrainingError(f"lora_r is a rank of at least 1, got {self.lora_r}")
         if not 0 <= self.lora_dropout < 1:
@@ -296,6 +309,10 @@ class VLATrainingArguments(TrainingArguments):
             "the permanent limits of the policy."
         },
     )
+    head_learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "Learning rate of a continuous head. Default: that of the model, but at least 1e-4."},
+    )
     head_insulate: bool = field(
         default=False,
         metadata={"help": "No gradient goes from the head into the model (knowledge insulation)."},
@@ -340,6 +357,9 @@ class VLATrainingArguments(TrainingArguments):
         weight = self.transfusion_weight
         if weight is not None and not (math.isfinite(weight) and weight >= 0):
             raise TrainingError(f"transfusion_weight is a number of at least 0, got {weight}")
+        rate = self.head_learning_rate
+        if rate is not None and not (math.isfinite(rate) and rate > 0):
+            raise TrainingError(f"head_learning_rate is a number above 0, got {rate}")
         if self.taco_constraints is not None and not self.taco_loss_weight:
             raise TrainingError("taco_constraints do nothing without a weight: pass --taco_loss_weight, such as 1e4")
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):

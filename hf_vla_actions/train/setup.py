@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig
 from transformers.utils import cached_file
 
 from hf_vla_actions.actions import ActionSpace, ActionStats, Gripper, NormStats
+from hf_vla_actions.actions.units import ANGLES, LENGTHS, is_known
 from hf_vla_actions.config import DEFAULT_PROMPT, ActionConfig, ActionTokenizer, check_source
 from hf_vla_actions.config import FILE_NAME as ACTION_CONFIG_FILE
 from hf_vla_actions.data import ChunkDataset, EpisodeReader, TransformedDataset
@@ -84,6 +85,12 @@ def space_of(dataset: EpisodeReader, args: DataArguments) -> ActionSpace:
     units = None
     if args.action_units is not None:
         units = [None if unit.lower() == "none" else unit for unit in args.action_units]
+        unknown = [unit for unit in units if unit is not None and not is_known(unit)]
+        if unknown:
+            raise TrainingError(
+                f"--action_units: nobody knows {', '.join(map(repr, unknown))}; there are {[*LENGTHS, *ANGLES]}, multiples such "
+                "as '0.05 m', these in a time such as 'm/s', and 'none'"
+            )
     gripper = _gripper(list(names), args)
     delta: list[bool | None] = [None if args.action_kind is None else args.action_kind == "delta"] * len(names)
     if gripper is not None and delta[0] is not None:
