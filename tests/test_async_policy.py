@@ -7,7 +7,7 @@ import time
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from hf_vla_actions import ActionSpace, Gripper, PoseDims
@@ -106,7 +106,7 @@ def test_every_action_is_that_of_the_newest_chunk_there_is_at_its_time(
             ]
             # Those that began at this very call come next time, unless it is the first one.
             arrived = [one for one in arrived if one[2] == first or source.began[one[2]] < now]
-            anchor, _, look = max(arrived)
+            anchor, _, look = max(arrived, key=lambda one: one[2])
             step = round((now - start) / PERIOD) - anchor
             if step < horizon:
                 np.testing.assert_array_equal(action, [look + 1, step])
@@ -119,6 +119,7 @@ def test_every_action_is_that_of_the_newest_chunk_there_is_at_its_time(
 
 
 @settings(max_examples=150, deadline=None)
+@example([0.375, 0.0], [0.03125, 0.25, 0.21875, 0.0625, 0.25, 0.125, 0.25], 4, 2, 2)  # two looks of one tick
 @given(
     latencies=st.lists(st.floats(0, 1.0), min_size=1, max_size=12),
     waits=st.lists(st.floats(0.02, 0.3), min_size=1, max_size=40),
@@ -347,6 +348,26 @@ def test_relative_chunks_are_decoded_against_the_state_at_their_anchor():
         np.testing.assert_allclose(action, states[anchor] + chunk[step])
     with pytest.raises(ExecutionError, match="at_anchor"):
         AsyncPolicy(lambda obs: chunk, space=relative)
+
+
+def test_what_was_sent_since_an_observation_does_not_come_before_its_chunk():
+    clock, told = SimulatedClock(), []
+
+    def source(obs, prefix=None):
+        told.append((obs["time"], None if not robot.executed else robot.executed[-1][0], prefix))
+        begin = 0.0 if prefix is None else prefix.actions[0]
+        return begin + np.tile(np.arange(8.0)[:, None], (1, 2))  # a target that moves a unit a period
+
+    robot = RealTimeChunking(source, 3, delay_steps=3)
+    absolute = ActionSpace(("x", "y"), ("m", "m"), False, "base", rate_hz=8.0)
+    worker = SimulatedWorker(clock, 0.9 * PERIOD)
+    policy = AsyncPolicy(robot, space=absolute, clock=clock, worker=worker, timestamp=lambda obs: obs["time"])
+    for _ in range(12):
+        policy({"time": max(clock.now - 2 * PERIOD, 0.0)})  # a camera that takes two periods
+        clock.advance(PERIOD)
+    assert len(told) > 3
+    for _, last, prefix in told[1:]:
+        assert prefix.actions[0, 0] - last == pytest.approx(1)
 
 
 def test_a_retimed_chunk_is_carried_out_action_by_action():

@@ -17,6 +17,7 @@ from hf_vla_actions.runtime.chunks import RecedingHorizon, first_steps
 from hf_vla_actions.runtime.late import LateRule
 from hf_vla_actions.runtime.overlap import Overlap
 from hf_vla_actions.runtime.policy import (
+    REMEMBERED,
     ChunkRunner,
     ChunkSource,
     Observation,
@@ -37,10 +38,11 @@ MEASURED = 10  # delays of which the longest is expected next time (algorithm 1 
 
 @dataclass(frozen=True, eq=False)
 class _Anchored:
-    """A chunk and the tick of the observation that made it; `frozen` steps of it are those of the chunk before."""
+    """A chunk of the n-th look and the tick of its observation; `frozen` steps of it are those of the chunk before."""
 
     actions: np.ndarray
     anchor: int
+    look: int
     frozen: int | None = None
 
     @property
@@ -180,6 +182,7 @@ class AsyncPolicy(ChunkRunner):
         self._n_late = 0
         self._before: tuple[np.ndarray, ...] = ()
         self._sent: dict[int, np.ndarray] = {}
+        self._sent_at: deque[int] = deque(maxlen=REMEMBERED)  # the tick of each action in `executed`
         self._stamp = -math.inf
 
     def _read_stamp(self, obs: Observation, now: float) -> float:
@@ -207,23 +210,26 @@ class AsyncPolicy(ChunkRunner):
         self._waited += now - begin
         self._ticks.begin(now)
         self._looked = 0
-        self._chunk = _Anchored(self._chunk.actions, 0)
+        self._chunk = _Anchored(self._chunk.actions, 0, self._chunk.look)
         return 0
 
     def _look(self, obs: Observation, tick: int, anchor: int) -> None:
         """Begin to predict a chunk."""
-        overlap, before, predict = self._overlap(anchor), self.executed, self.predict_chunk
-        continues, dof = self._continues, self.space.dof
+        # What was sent since the observation comes after the chunk's first step, not before it.
+        since = sum(tick >= anchor for tick in self._sent_at)
+        overlap, predict = self._overlap(anchor), self.predict_chunk
+        before = self.executed[: len(self.executed) - since]
+        continues, dof, number = self._continues, self.space.dof, self._counts["inferences"]
 
         def look() -> _Anchored:
             with self._executed.pinned(tuple(before)):
                 chunk = predict(obs, prefix=overlap) if continues else predict(obs)
             if not continues:
-                return _Anchored(first_steps(read_chunk(chunk, dof), None), anchor)
+                return _Anchored(first_steps(read_chunk(chunk, dof), None), anchor, number)
             actions = read_plain_chunk(chunk, dof, "RealTimeChunking")
             if overlap is None:
-                return _Anchored(actions, anchor)
-            return _Anchored(overlap.imposed_on(actions), anchor, overlap.frozen)
+                return _Anchored(actions, anchor, number)
+            return _Anchored(overlap.imposed_on(actions), anchor, number, overlap.frozen)
 
         self._worker.start(look)
         self._counts["inferences"] += 1
@@ -255,7 +261,7 @@ class AsyncPolicy(ChunkRunner):
         delay = tick - made.anchor
         self._delays.append(delay)
         self._counts["overran"] += made.frozen is not None and delay > made.frozen
-        if made.anchor < self._chunk.anchor:
+        if made.look < self._chunk.look:  # observations only go forward, two of them may be of one tick
             self._counts["dropped_stale"] += 1
         elif made.end <= tick:
             self._counts["dropped_passed"] += 1
@@ -283,6 +289,7 @@ class AsyncPolicy(ChunkRunner):
         if self._continues:
             self._sent[tick] = action
         self._counts["actions"] += 1
+        self._sent_at.append(tick)
         return self._send(action)
 
     def _early(self) -> np.ndarray:
@@ -290,6 +297,7 @@ class AsyncPolicy(ChunkRunner):
             logger.warning("called again within half a control period of %.3g s: told to hold", self._ticks.period)
         self._counts["early_calls"] += 1
         self._counts["actions"] += 1
+        self._sent_at.append(self._ticks.tick)
         return self._send(self._late_rule.hold(np.asarray(self.executed[-1])))
 
 
