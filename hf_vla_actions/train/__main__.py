@@ -13,6 +13,7 @@ from typing import Any
 from huggingface_hub import get_token
 from torch.utils.data import ConcatDataset
 from transformers import HfArgumentParser, IntervalStrategy, set_seed
+from transformers.trainer_utils import HubStrategy
 
 from hf_vla_actions.errors import TrainingError, one_line_errors
 from hf_vla_actions.models.native import load_outline
@@ -206,7 +207,8 @@ def _published(args: VLATrainingArguments) -> str | None:
         return None
     named = args.hub_model_id or Path(str(args.output_dir)).absolute().name
     who = {None: "as private as its owner's settings say", True: "private", False: "public"}[args.hub_private_repo]
-    what = "at the end" if args.hub_strategy == "end" else f"at each save and at the end ({args.hub_strategy.value})"
+    strategy = HubStrategy(args.hub_strategy).value
+    what = "at the end" if strategy == "end" else f"at each save and at the end ({strategy})"
     return f"{named if '/' in named else named + ' of the owner of the token'}, {who}, {what}, unchecked"
 
 

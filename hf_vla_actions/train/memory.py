@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -198,7 +199,8 @@ class _Kept:
             mask = (down.weight.element_size() if self.mask_bytes > 1 else 1) if drops else 0
             kept += down.in_features * (size + mask) - down.in_features * self.size // 2
         if f"lora_magnitude_vector.{adapter}" in dict(layer.named_modules()):
-            kept += 2 * layer.get_submodule(f"lora_B.{adapter}").out_features * size  # type: ignore[operator]
+            up: Any = layer.get_submodule(f"lora_B.{adapter}")
+            kept += 2 * up.out_features * size
         return places * kept
 
 
