@@ -185,6 +185,23 @@ def test_the_loss_of_a_step_does_not_depend_on_how_it_was_split(robot, tmp_path)
         torch.testing.assert_close(gradient(*parts), whole)
 
 
+@pytest.mark.parametrize(("asked", "wanted"), [(None, 1e-4), (3e-3, 3e-3)])
+def test_the_head_has_a_learning_rate_of_its_own(asked, wanted, robot, tmp_path):
+    policy = make(robot, "regression")
+    before = {name: p.detach().clone() for name, p in policy.named_parameters()}
+    args = arguments(tmp_path, max_steps=1, learning_rate=1e-5, head_learning_rate=asked, weight_decay=0.0)
+    args.warmup_steps = 0
+    trainer = HeadTrainer(policy, args, train_dataset=chunks_of(robot, policy))
+    trainer.train()
+    of_head = {id(p) for p in policy.action_head.parameters()}
+    rates = {id(p): group["initial_lr"] for group in trainer.optimizer.param_groups for p in group["params"]}
+    assert len(rates) == sum(p.requires_grad for p in policy.parameters())
+    for name, p in policy.named_parameters():
+        if id(p) in rates:
+            assert rates[id(p)] == (wanted if id(p) in of_head else 1e-5), name
+            assert (p - before[name]).abs().max() <= 1.01 * rates[id(p)], name  # Adam's first step
+
+
 @pytest.mark.parametrize("kind", ["flow", "diffusion"])
 def test_tokens_beside_a_head_are_learned_and_tell_the_head_nothing(kind, robot, tmp_path):
     policy = make(robot, kind, tokens=True).train()

@@ -13,6 +13,7 @@ from hf_vla_actions.evaluate.sampled import head_metrics, sample_chunks
 from hf_vla_actions.models.collator import IGNORED
 from hf_vla_actions.models.head_collator import HeadCollator
 from hf_vla_actions.models.head_files import load_head
+from hf_vla_actions.train.arguments import HEAD_LEARNING_RATE
 from hf_vla_actions.train.trainer import VLATrainer
 
 NOT_LEARNED = ("actions", "sample_ids")
@@ -47,6 +48,18 @@ class HeadTrainer(VLATrainer):
 
     def _collator(self, keys: Sequence[str]) -> HeadCollator:
         return HeadCollator(self.policy.prompts, keys, window=self.policy.action_head.window)
+
+    def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
+        """As Trainer's, with a learning rate of its own for the head, which began at random."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        rate, head = head_learning_rate(self.args), {id(p) for p in self.policy.action_head.parameters()}
+        groups = []
+        for group in optimizer.param_groups:
+            for of_head, lr in ((False, group["lr"]), (True, rate)):
+                chosen = [p for p in group["params"] if (id(p) in head) == of_head]
+                groups += [{**group, "params": chosen, "lr": lr}] if chosen else []
+        optimizer.param_groups[:] = groups
+        return optimizer
 
     def _evaluation(self) -> dict[str, Any]:
         return {"compute_metrics": self._metrics}
@@ -131,9 +144,17 @@ class HeadTrainer(VLATrainer):
             load_head(self.policy.action_head, str(self.state.best_model_checkpoint))
 
 
+def head_learning_rate(args) -> float:
+    """What the head learns with: as asked, or at least `HEAD_LEARNING_RATE`, below which a random head hardly moves."""
+    asked = getattr(args, "head_learning_rate", None)
+    return max(float(args.learning_rate), HEAD_LEARNING_RATE) if asked is None else float(asked)
+
+
 def check_transfusion(config: ActionConfig, args) -> None:
     """Refuse training options about a head that the policy does not have, or about tokens that it does not have."""
     weight, insulate = getattr(args, "transfusion_weight", None), getattr(args, "head_insulate", False)
+    if config.head is None and getattr(args, "head_learning_rate", None) is not None:
+        raise TrainingError("head_learning_rate is of a continuous head, and the policy has none")
     if insulate and config.head is None:
         raise TrainingError(
             "head_insulate keeps gradients of a continuous head from the model, and the policy has none"
