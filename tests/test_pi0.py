@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tiny import INSTRUCTIONS, SPACE, picture
 from tiny_families import _create, _id, _siglip, _special, _text, gemma_tokenizer
 from transformers import AutoModelForImageTextToText, PI0Config, PI0ForConditionalGeneration
@@ -14,9 +15,12 @@ from hf_vla_actions import ActionConfig, ActionStats, AutoModelForActionPredicti
 from hf_vla_actions.constraints import Range
 from hf_vla_actions.errors import CheckpointError
 from hf_vla_actions.heads import FlowMatchingConfig, HeadError, NativeFlowConfig, SoftPrefix, head_config_from_dict
+from hf_vla_actions.models import save_adapter
 from hf_vla_actions.models.head_collator import HeadCollator
 from hf_vla_actions.models.head_files import HEAD_FILE
 from hf_vla_actions.models.pi0_processor import PI0ImageProcessorPil
+from hf_vla_actions.train.arguments import LoraArguments
+from hf_vla_actions.train.lora import add_lora
 
 HORIZON, WIDE, EDGE = 5, 12, 28
 LONG = "push the green block onto the plate and then move to the red block"
@@ -261,6 +265,17 @@ def test_its_chunks_are_carried_out_in_order():
     np.testing.assert_allclose([run(obs) for _ in range(4)], [*chunk[:2], *chunk[:2]], atol=1e-9)
 
 
+def test_a_state_of_fewer_numbers_is_filled_up_with_zeros():
+    narrow = ActionConfig.preset("pi0-transformers").config(
+        statistics(), {"robot": SPACE}, **{**SIZES, "proprio_dim": 3}
+    )
+    policy, wide = to_vla(*native(), narrow).eval(), make()
+    inputs = policy.prepare(picture(0), INSTRUCTIONS[0], proprio=STATE)
+    np.testing.assert_array_equal(
+        policy.predict_action(**inputs, noise=noise_of(1)), wide.predict_action(**inputs, noise=noise_of(1))
+    )
+
+
 def test_without_a_state_it_is_shown_zeros():
     policy = make(proprio=False)
     inputs = policy.prepare(picture(0), INSTRUCTIONS[0])
@@ -289,8 +304,11 @@ def test_what_does_not_fit_raises():
     with pytest.raises(VLAActionsError, match=r"tokens of text, and pi0 reads up to 48"):
         policy.prepare(picture(0), " ".join([LONG] * 6), proprio=STATE)
     inputs = policy.prepare(picture(0), INSTRUCTIONS[0], proprio=STATE)
+    without_state = {name: value for name, value in inputs.items() if name != "proprio"}
     with pytest.raises(VLAActionsError, match="no output layer for words"):
-        policy.learn(noise_of(1), inputs, labels=inputs["input_ids"])
+        policy.learn(noise_of(1), without_state, labels=inputs["input_ids"])
+    with pytest.raises(VLAActionsError, match=r"no use for .'state'. here: .*proprio="):
+        policy.predict_action(**inputs, state=torch.zeros(1, WIDE))
     with pytest.raises(VLAActionsError, match=r"'pixel_values'.* are missing"):
         policy.predict_action(input_ids=inputs["input_ids"], proprio=inputs["proprio"])
 
@@ -305,3 +323,38 @@ def test_a_native_head_is_saved_as_such_and_built_for_no_other_model():
             NativeFlowConfig(50, 32, **wrong)
     assert FlowMatchingConfig(50, 32).beside_model
     assert not config.beside_model
+
+
+def shaken(peft):
+    with torch.no_grad():
+        for name, p in peft.named_parameters():
+            if p.requires_grad:
+                p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name))) * 0.05)
+    return peft.eval()
+
+
+@pytest.mark.parametrize("targets", ["ours", "plain PEFT on a renamed layer"])
+def test_an_adapter_comes_back_whole(tmp_path, targets):
+    model, processor = native()
+    model.save_pretrained(tmp_path / "base")
+    processor.save_pretrained(tmp_path / "base")
+    policy = make()
+    policy.config._name_or_path = policy.name_or_path = str(tmp_path / "base")
+    if targets == "ours":
+        peft = add_lora(policy, LoraArguments(use_peft=True, lora_r=4, lora_alpha=8))
+        trained = {name for name, p in peft.named_parameters() if p.requires_grad}
+        assert any("dit.layers.0" in name and "lora_A" in name for name in trained)
+        assert any("action_out_proj.modules_to_save" in name for name in trained)
+        assert not any("vision_tower" in name or ("action" in name and "lora_" in name) for name in trained)
+    else:
+        peft = get_peft_model(policy, LoraConfig(r=4, target_modules=["q_proj", "state_proj"]))
+    inputs = policy.prepare(picture(0), INSTRUCTIONS[0], proprio=STATE)
+    without = policy.predict_action(**inputs, noise=noise_of(1))
+    before = shaken(peft).predict_action(**inputs, noise=noise_of(1))
+    assert np.abs(before - without).max() > 1e-3
+    save_adapter(peft, tmp_path / "adapter")
+    loaded = AutoModelForActionPrediction.from_pretrained(tmp_path / "adapter", self_test=False)
+    np.testing.assert_array_equal(loaded.predict_action(**inputs, noise=noise_of(1)), before)
+    if targets == "ours":
+        merged = loaded.merge_and_unload()
+        np.testing.assert_allclose(merged.predict_action(**inputs, noise=noise_of(1)), before, atol=1e-5)

@@ -21,7 +21,7 @@ class NativeFlowConfig(HeadConfig):
     Args:
         horizon: actions in a chunk, 50 in pi0.
         dof: numbers in an action as the model has them, 32 in pi0; those that a robot does not have are trimmed.
-        proprio_dim: numbers of the state as the model has them, 32 in pi0; None: the model is always shown a state of
+        proprio_dim: numbers of the state, filled up with zeros to what the model has (32 in pi0); None: the model is always shown a state of
             zeros, for robots that do not say theirs (the published weights have never seen that).
         steps: of integration, when a call names no other number.
         solver: "euler", as the model's own `sample_actions`, or "heun" (two passes a step).

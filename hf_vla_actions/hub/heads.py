@@ -26,6 +26,8 @@ def read_head(source: Source, config: HeadConfig, native: PreTrainedConfig | Non
     shown = ("kind", "horizon", "dof", "proprio_dim")  # which have a place of their own
     about = {name: value for name, value in values.items() if name not in shown and value is not None}
     head = Head(config.kind, config.dof, config.proprio_dim, about)
+    if not config.beside_model:
+        return head, []
     if HEAD_FILE not in source.sizes:
         return head, [f"missing head: its actions come from a {config.kind!r} head, and there is no {HEAD_FILE}"]
     try:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers.utils import cached_file
 
 from hf_vla_actions.actions import NormStats
@@ -212,6 +213,26 @@ def quiet_peft() -> Iterator[None]:
         yield
 
 
+@torch.no_grad()
+def _put_in(model, weights: Mapping[str, torch.Tensor], folder: str | Path) -> None:
+    """Put in the weights that PEFT has left out, and raise if one is still not that of the file.
+
+    PEFT 0.21 renames the layers of an adapter as Transformers renames those of old checkpoints of the base, also where
+    they have the new names already: those of PI0's projections then fit nothing, and only a warning says so.
+    """
+    from peft import get_peft_model_state_dict
+
+    def wrong() -> dict[str, torch.Tensor]:
+        there = get_peft_model_state_dict(model, save_embedding_layers=False)
+        return {name: t for name, t in there.items() if not torch.equal(t, weights[name].to(t.device, t.dtype))}
+
+    for name, tensor in wrong().items():
+        tensor.copy_(weights[name])
+    left = sorted(wrong())
+    if left:
+        raise CheckpointError(f"the adapter in {folder} cannot be put on its base: PEFT does not take {left[:2]}")
+
+
 def load_adapter(policy, folder: str | Path, **kwargs: Any):
     """Put an adapter on its base policy.
 
@@ -233,10 +254,12 @@ def load_adapter(policy, folder: str | Path, **kwargs: Any):
     _check_base(base, policy, folder, kwargs)
     try:
         with quiet_peft():
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")  # `_put_in` sees to them
             model = PeftModel.from_pretrained(policy, folder, **kwargs)
     except (KeyError, RuntimeError, IndexError) as error:
         raise CheckpointError(f"the adapter in {folder} does not fit its base model: {error}") from None
-    saved = set(load_peft_weights(str(folder), device="cpu", **kwargs))
+    weights = load_peft_weights(str(folder), device="cpu", **kwargs)
+    saved = set(weights)
     there = set(get_peft_model_state_dict(model, save_embedding_layers=False))
     # Some releases of PEFT add whole copies of lm_head or the embeddings, which go where their names say.
     saved -= set(model.state_dict()) - there
@@ -245,6 +268,7 @@ def load_adapter(policy, folder: str | Path, **kwargs: Any):
             f"the adapter in {folder} does not fit its base model: {len(there - saved)} weights are missing "
             f"(such as {sorted(there - saved)[:2]}), {len(saved - there)} are left over ({sorted(saved - there)[:2]})"
         )
+    _put_in(model, {name: weights[name] for name in there}, folder)
     trained_on = quantization_of_adapter(folder, **kwargs)
     if trained_on is not None and policy.config.to_dict().get("quantization_config") is None:
         logger.warning(

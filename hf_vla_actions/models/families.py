@@ -22,6 +22,7 @@ class ModelFamily:
         vision_modules: names of the modules that LoRA and freezing leave out unless asked.
         suffix_type: `token_type_ids` of the tokens that follow the prompt, where the model has any.
         own_positions: the model computes its positions from the sizes of the pictures, in several dimensions.
+        action_modules: names of the model's own modules between actions and layers, which LoRA trains as a whole.
     """
 
     name: str
@@ -30,6 +31,7 @@ class ModelFamily:
     vision_modules: tuple[str, ...]
     suffix_type: int = 0
     own_positions: bool = False
+    action_modules: tuple[str, ...] = ()
 
 
 # Functions of the module, because a collator must travel to worker processes that are started anew.
@@ -63,7 +65,13 @@ GEMMA3 = ModelFamily("Gemma3", True, _begin_of_image, ("vision_tower", "multi_mo
 QWEN_VL = ModelFamily("Qwen-VL", True, _qwen_vision, ("visual",), own_positions=True)
 OPENVLA = ModelFamily("OpenVLA", True, _nothing, ("vision_backbone", "projector"))
 # Its processor puts image tokens and the line behind the sentence by itself.
-PI0 = ModelFamily("PI0", True, _nothing, ("vision_tower", "multi_modal_projector"))
+PI0 = ModelFamily(
+    "PI0",
+    True,
+    _nothing,
+    ("vision_tower", "multi_modal_projector"),
+    action_modules=("embed_action_time", "action_out_proj"),
+)
 OPENVLA_TYPE = "openvla"
 PI0_TYPE = "pi0"
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from torch.nn.functional import pad
 from transformers import AutoTokenizer
 from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD, PILImageResampling
@@ -111,5 +112,7 @@ def check_pi0_processor(processor: Any, config: Any) -> None:
 
 
 def normalized_state(proprio: torch.Tensor | None, rows: int, width: int, like: torch.Tensor) -> torch.Tensor:
-    """(batch, width) state that the model is shown: zeros for a policy that reads none."""
-    return like.new_zeros(rows, width) if proprio is None else proprio.to(like)
+    """(batch, width) state that the model is shown, filled up with zeros; all zeros for a policy that reads none."""
+    if proprio is None:
+        return like.new_zeros(rows, width)
+    return pad(proprio.to(like), (0, width - proprio.shape[-1]))

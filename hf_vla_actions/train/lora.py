@@ -41,7 +41,7 @@ def add_lora(policy, args: LoraArguments) -> Any:
     vocabulary, head = policy.action_config.vocabulary, policy.action_config.head
     ids = None if vocabulary is None else vocabulary.token_ids.reshape(-1).tolist()
     embeddings = (policy.get_input_embeddings(), policy.get_output_embeddings())
-    vision = family_of(policy.config).vision_modules
+    family = family_of(policy.config)
     rows = {_name_of(policy, layer): ids for layer in embeddings} if ids and args.lora_action_rows else None
     twice = sorted(set(rows or ()) & set(args.lora_target_modules or ()))
     if twice:
@@ -49,7 +49,8 @@ def add_lora(policy, args: LoraArguments) -> Any:
             f"{twice} would get an adapter and have the rows of the action tokens trained too: pass --lora_action_rows "
             "false, or leave them out of --lora_target_modules"
         )
-    left_out = [*([] if args.lora_vision else vision), *([] if head is None else ["action_head"])]
+    left_out = [*([] if args.lora_vision else family.vision_modules), *family.action_modules]
+    left_out += ["action_head"] if head is not None else []
     exclude = rf"(.*\.)?({'|'.join(left_out)})(\..*)?" if left_out else None
     try:
         config = LoraConfig(
@@ -58,6 +59,7 @@ def add_lora(policy, args: LoraArguments) -> Any:
             lora_dropout=args.lora_dropout,
             target_modules=args.lora_target_modules or "all-linear",
             exclude_modules=exclude,
+            modules_to_save=list(family.action_modules) or None,  # small and all of it trained, as openpi's
             trainable_token_indices=rows,
             init_lora_weights=args.lora_init or True,  # type: ignore[arg-type]
             use_rslora=args.lora_rslora,
