@@ -1,12 +1,8 @@
 """Plain Auto classes find OpenVLA, whoever is imported first, and never run a checkpoint's own code."""
 
-import json
-import os
-import subprocess
-import sys
-
 import openvla_golden as og
 import pytest
+from fresh import Fresh, alone
 
 PLUGIN, TRANSFORMERS = "import hf_vla_actions", "from transformers import {}"
 AGAIN = "hf_vla_actions.registration.register()"
@@ -22,14 +18,11 @@ def folder(tmp_path_factory):
     return folder
 
 
-def fresh(code, *arguments):
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=300, env=environment, stdin=subprocess.DEVNULL
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1])
+@pytest.fixture(scope="module")
+def fresh():
+    fresh = Fresh()
+    yield fresh
+    fresh.close()
 
 
 LOAD = """
@@ -61,7 +54,7 @@ ORDERS = {
 
 
 @pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
-def test_the_auto_classes_find_it_and_ignore_auto_map(folder, order):
+def test_the_auto_classes_find_it_and_ignore_auto_map(fresh, folder, order):
     assert fresh("\n".join([*order, LOAD]), folder) == EXPECTED
 
 
@@ -75,7 +68,7 @@ SINGLE = {
 
 
 @pytest.mark.parametrize("auto", SINGLE)
-def test_each_auto_class_alone_is_enough(folder, auto):
+def test_each_auto_class_alone_is_enough(fresh, folder, auto):
     code = f"""
 import hf_vla_actions, json, sys
 from transformers import {auto}
@@ -98,7 +91,7 @@ config = AutoConfig.for_model("openvla", vision_backbone_id="siglip-vit-so400m")
 import json
 print(json.dumps([type(config).__name__, config.num_patches, config.use_fused_vision_backbone]))
 """
-    assert fresh(code) == ["OpenVLAConfig", 256, False]
+    assert alone(code) == ["OpenVLAConfig", 256, False]
 
 
 def test_public_names():

@@ -1,5 +1,4 @@
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -9,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import resumable
@@ -34,9 +34,7 @@ def data(tmp_path_factory):
 @pytest.fixture(scope="module")
 def processes():
     """Starts processes quickly: everything is imported once, in a server that never ran a model."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["resumable"])
-    return context
+    return forked.context()
 
 
 def start(processes, job):

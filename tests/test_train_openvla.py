@@ -9,9 +9,10 @@ import numpy as np
 import openvla_golden as og
 import pytest
 import torch
+from forked import run_ranks
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from test_train import SEVEN, arguments, launch, write_dataset
+from test_train import SEVEN, arguments, write_dataset
 from tiny import NAMES, picture, save_native_llava
 
 from hf_vla_actions import AutoModelForActionPrediction, NormStats, OpenVLAConfig, OpenVLAForActionPrediction
@@ -192,7 +193,7 @@ def test_resumed_training_ends_where_uninterrupted_training_does(lora, base, rob
 
 def test_weights_that_never_run_do_not_hold_up_several_processes(base, robot, tmp_path):
     argv = command(base, robot, tmp_path / "out", "--recipe", "openvla-full", "--gradient_checkpointing")
-    done = launch(argv, processes=2)
+    done = run_ranks(["-m", "hf_vla_actions.train", *argv], processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads((tmp_path / "out/action_metrics.json").read_text())["world_size"] == 2
 
