@@ -5,8 +5,10 @@
 
 1. The policies that `multimodal.py` kept (run it first; with `--quick` it is done here, hardly trained): milliseconds of
    `predict_action` for one observation, the policies taking turns, so that the machine is the same for all; medians, and
-   ratios to autoregressive bins. Beside them the clean success in closed loop over all walls and seeds, for flow matching
-   with 1, 2, 4 and 10 steps and diffusion with 5 and 20 (those that were trained three times longer): what speed costs.
+   ratios to autoregressive bins. It is the processor's time, one thread, which on an idle core is the time that passes, and
+   elsewhere does not count what other programs do. Beside them the clean success in closed loop over all walls and seeds,
+   for flow matching with 1, 2, 4 and 10 steps and diffusion with 5 and 20 (those that were trained three times longer): what
+   speed costs. With an `--output` that is there already only the times are measured again.
 2. The same on a larger backbone with random weights, a prompt of 64 words and 7 numbers an action, where the model and not
    Python is what takes time. How many tokens FAST takes there says nothing about a trained policy, so it is left out.
 
@@ -71,13 +73,13 @@ def variants(names: Sequence[str] = POLICIES) -> list[tuple[str, str, dict[str, 
 
 
 def time_of(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Median milliseconds of each call; all of them in turn, so that they share what the machine is doing."""
+    """Median milliseconds of each call, of the processor; all of them in turn, so that they share what it is doing."""
     took: dict[str, list[float]] = {label: [] for label in calls}
     for _ in range(rounds + 1):
         for label, call in calls.items():
-            begin = time.perf_counter()
+            begin = time.process_time()
             call()
-            took[label].append(1000 * (time.perf_counter() - begin))
+            took[label].append(1000 * (time.process_time() - begin))
     return {label: float(np.median(times[1:])) for label, times in took.items()}
 
 
@@ -143,6 +145,14 @@ def worth(content: dict[str, Any], folder: Path, setting: Setting) -> dict[str, 
     return found
 
 
+def _worth_before(path: Path, content: dict[str, Any]) -> dict[str, Any] | None:
+    """What the file holds already, if it is of the same setting: only times are measured again."""
+    if not path.exists():
+        return None
+    before = json.loads(path.read_text(encoding="utf-8"))
+    return before["worth"] if before["setting"] == json.loads(json.dumps(content["setting"])) else None
+
+
 def period(ms: float, setting: Setting) -> float:
     """Milliseconds of the shortest control period beside execution."""
     return ms / min(setting.execute, HORIZON - setting.execute)
@@ -167,7 +177,7 @@ def table(content: dict[str, Any], setting: Setting) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, write the file and print the table."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--output", required=True, type=Path, help="JSON file")
+    options.add_argument("--output", required=True, type=Path, help="JSON file; successes in it are kept")
     options.add_argument("--multimodal", type=Path, help="JSON file of multimodal.py")
     options.add_argument("--policies", type=Path, help="folder in which multimodal.py kept its policies")
     options.add_argument("--rounds", type=int, default=15, help="of timing (default: %(default)s)")
@@ -188,7 +198,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     content: dict[str, Any] = {"commit": commit(), "setting": asdict(setting), "rounds": rounds}
     content["ms"] = trained(args.policies, setting, rounds)
     content["larger"] = {**sizes, "prompt": PROMPT, "dof": DOF, "ms": larger(setting, rounds, sizes)}
-    content["worth"] = worth(measured, args.policies, setting)
+    content["worth"] = _worth_before(args.output, content) or worth(measured, args.policies, setting)
     temporary = args.output.with_name(args.output.name + ".tmp")
     temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     os.replace(temporary, args.output)
