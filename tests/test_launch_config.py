@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType
+from forked import run_ranks
 from safetensors.torch import load_file
 
 from hf_vla_actions.cli import main
@@ -77,14 +77,7 @@ def test_an_unknown_name_lists_those_there_are_raises():
 def test_two_processes_that_cut_the_weights_learn_as_one_does(tmp_path):
     """What FSDP2 is made of, torch's `fully_shard`, on gloo: accelerate itself has FSDP2 for accelerators only."""
     script = Path(__file__).with_name("sharded.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*command, str(script), str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(script.parent)},
-    )
+    done = run_ranks([script, tmp_path], processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
     losses, whole = sharded.train(sharded.policy())
     found = json.loads((tmp_path / "losses.json").read_text())
