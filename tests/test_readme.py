@@ -64,6 +64,8 @@ def test_python_blocks_run_one_after_the_other(place, monkeypatch):
     assert abs(names["policy"](obs)[2]) <= 0.01
     assert names["action"].shape == (7,)
     assert names["commands"].tolist() == [[0, 10, -1]]
+    assert abs(names["out"].actions[..., 0]).max() <= 0.005
+    assert [names["robot"](obs).shape for _ in range(8)] == [(3,)] * 8
     assert names["chunk"].shape == (8, 7)
     assert abs(names["chunk"][:, 0]).max() <= 0.5
     assert names["vla"].action_config.space().names == ("x", "y", "gripper")
