@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from test_train import write_dataset
 from tiny import INSTRUCTIONS, SPACE, picture
 from tiny_families import _create, _id, _siglip, _special, _text, gemma_tokenizer
 from transformers import AutoModelForImageTextToText, PI0Config, PI0ForConditionalGeneration
@@ -19,7 +20,9 @@ from hf_vla_actions.models import save_adapter
 from hf_vla_actions.models.head_collator import HeadCollator
 from hf_vla_actions.models.head_files import HEAD_FILE
 from hf_vla_actions.models.pi0_processor import PI0ImageProcessorPil
+from hf_vla_actions.train.__main__ import main
 from hf_vla_actions.train.arguments import LoraArguments
+from hf_vla_actions.train.freeze import Frozen, freeze_parts
 from hf_vla_actions.train.lora import add_lora
 
 HORIZON, WIDE, EDGE = 5, 12, 28
@@ -358,3 +361,36 @@ def test_an_adapter_comes_back_whole(tmp_path, targets):
     if targets == "ours":
         merged = loaded.merge_and_unload()
         np.testing.assert_allclose(merged.predict_action(**inputs, noise=noise_of(1)), before, atol=1e-5)
+
+
+def test_freezing_the_language_model_leaves_the_expert():
+    policy = make()
+    freeze_parts(policy, Frozen(vision=True, language_model=True))
+    trained = {
+        name.split(".")[0 if "model." not in name else 1] for name, p in policy.named_parameters() if p.requires_grad
+    }
+    assert trained == {"dit", "embed_action_time", "action_out_proj"}
+
+
+def test_the_training_command_trains_it(tmp_path):
+    robot = write_dataset(tmp_path / "robot", episodes=2, steps=6)
+    model, processor = native()
+    model.save_pretrained(tmp_path / "base")
+    processor.save_pretrained(tmp_path / "base")
+    words = ["--model_name_or_path", tmp_path / "base", "--dataset", robot, "--output_dir", tmp_path / "out"]
+    words += ["--head=native", "--head_options", f"dof={WIDE}", f"--horizon={HORIZON}", "--norm_mode=normal"]
+    words += [
+        "--max_steps=2",
+        "--per_device_train_batch_size=2",
+        "--use_cpu",
+        "--save_strategy=no",
+        "--report_to=none",
+    ]
+    assert main([str(word) for word in words]) == 0
+    policy = AutoModelForActionPrediction.from_pretrained(tmp_path / "out")
+    assert policy.action_config.prompt == "{instruction}"
+    assert policy.action_config.stats().mode == "normal"
+    moved = [not torch.equal(p, old) for p, old in zip(policy.parameters(), model.parameters(), strict=True)]
+    assert sum(moved) > len(moved) / 2
+    inputs = policy.prepare(picture(0), INSTRUCTIONS[0])
+    assert policy.predict_action(**inputs).shape == (1, HORIZON, 7)

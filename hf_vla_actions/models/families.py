@@ -23,6 +23,8 @@ class ModelFamily:
         suffix_type: `token_type_ids` of the tokens that follow the prompt, where the model has any.
         own_positions: the model computes its positions from the sizes of the pictures, in several dimensions.
         action_modules: names of the model's own modules between actions and layers, which LoRA trains as a whole.
+        expert_modules: names of the model's own layers that work on actions, which freezing the language model leaves.
+        prompt: wording that the model's published weights know, where they are a policy already; None: OpenVLA's.
     """
 
     name: str
@@ -32,6 +34,8 @@ class ModelFamily:
     suffix_type: int = 0
     own_positions: bool = False
     action_modules: tuple[str, ...] = ()
+    expert_modules: tuple[str, ...] = ()
+    prompt: str | None = None
 
 
 # Functions of the module, because a collator must travel to worker processes that are started anew.
@@ -71,6 +75,8 @@ PI0 = ModelFamily(
     _nothing,
     ("vision_tower", "multi_modal_projector"),
     action_modules=("embed_action_time", "action_out_proj"),
+    expert_modules=("dit",),
+    prompt="{instruction}",
 )
 OPENVLA_TYPE = "openvla"
 PI0_TYPE = "pi0"

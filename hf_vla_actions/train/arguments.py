@@ -81,7 +81,10 @@ class ModelArguments(HeadArguments):
         default=True, metadata={"help": "Put the prompt into the chat template of the model, if it has one."}
     )
     prompt: str | None = field(
-        default=None, metadata={"help": "What the model sees; must contain {instruction}. Default: OpenVLA's prompt."}
+        default=None,
+        metadata={
+            "help": "What the model sees; must contain {instruction}. Default: OpenVLA's prompt; PI0's own for PI0."
+        },
     )
     dtype: str | None = field(
         default=None,

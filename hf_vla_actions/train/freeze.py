@@ -50,14 +50,16 @@ def freeze_parts(policy, frozen: Frozen, *, weight_decay: float = 0.0) -> None:
     Raises:
         TrainingError: rows cannot be frozen under these options.
     """
-    embeddings = [policy.get_input_embeddings(), policy.get_output_embeddings()]
+    layers = (policy.get_input_embeddings(), policy.get_output_embeddings())
+    embeddings = [layer for layer in layers if layer is not None]  # PI0 says no words
     rows = {id(p) for layer in embeddings for p in layer.parameters()}
     if policy.action_config.vocabulary is None:
         _freeze_words(embeddings, frozen)
-    vision = family_of(policy.config).vision_modules
+    family = family_of(policy.config)
+    vision, of_actions = family.vision_modules, {*family.action_modules, *family.expert_modules}
     for name, parameter in policy.named_parameters():
         in_vision = any(part in vision for part in name.split("."))
-        if id(parameter) in rows or name.startswith(PREFIX):
+        if id(parameter) in rows or name.startswith(PREFIX) or of_actions & set(name.split(".")):
             continue
         if frozen.vision if in_vision else frozen.language_model:
             parameter.requires_grad_(False)
@@ -70,7 +72,8 @@ def _freeze_words(embeddings, frozen: Frozen) -> None:
 
     Nobody asks such a policy for words, so the output layer never gets a gradient.
     """
-    (read, written) = ({id(p): p for p in layer.parameters()} for layer in embeddings)
+    read, *rest = ({id(p): p for p in layer.parameters()} for layer in embeddings)
+    written = rest[0] if rest else {}
     for key, parameter in written.items():
         parameter.requires_grad_(key in read)
     if frozen.text_embeddings or frozen.language_model:

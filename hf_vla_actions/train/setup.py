@@ -208,7 +208,8 @@ def load_policy(
         _check_openvla(model.config.to_dict(), data_args, dataset)
         old = old or _original(model, processor, key, entry)
     if old is None:
-        tokenizer = processor.tokenizer if family_of(model.config).takes_images else processor
+        family = family_of(model.config)
+        tokenizer = processor.tokenizer if family.takes_images else processor
         vocabulary = None
         if action_tokenizer is not None:
             vocabulary = vocabulary_of(tokenizer, model_args, action_tokenizer.n_codes, space.dof)
@@ -219,7 +220,7 @@ def load_policy(
             *meaning,
             head=new_head(model_args, data_args, space, entry),
             horizon=1 if data_args.horizon is None else data_args.horizon,
-            prompt=model_args.prompt or DEFAULT_PROMPT,
+            prompt=model_args.prompt or family.prompt or DEFAULT_PROMPT,
             cameras=dataset.cameras,
             chat=model_args.chat,
         )
