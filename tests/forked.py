@@ -39,8 +39,10 @@ def run_ranks(target, *, processes):
     with tempfile.TemporaryDirectory() as folder:
         started = []
         for rank in range(processes):
-            told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
-            told |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
+            told = {"ACCELERATE_USE_CPU": "true"}
+            if processes > 1:
+                told |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+                told |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             said = Path(folder) / str(rank)
             started.append((context().Process(target=_rank, args=(told, [*map(str, target)], str(said))), said))
             started[-1][0].start()

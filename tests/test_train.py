@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from forked import run_ranks
 from tiny import INSTRUCTIONS, NAMES, picture, save_native_llava, tiny_llama, tiny_llava, tiny_tokenizer
 
 from hf_vla_actions import AutoModelForActionPrediction
@@ -299,10 +300,6 @@ def command_line(model, dataset, out):
 
 
 def launch(arguments, *, processes):
-    return run_launcher(["-m", "hf_vla_actions.train", *arguments], processes=processes)
-
-
-def run_launcher(target, *, processes):
     """`accelerate launch` on CPU through gloo; plain `--cpu --num_processes 2` would silently run one process."""
     tests = os.path.dirname(__file__)
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": tests}
@@ -310,15 +307,25 @@ def run_launcher(target, *, processes):
     command = [sys.executable, "-m", "accelerate.commands.launch", *flags, "--num_processes", str(processes)]
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     return subprocess.run(
-        [*command, *target], env=environment, capture_output=True, text=True, timeout=600, check=False
+        [*command, "-m", "hf_vla_actions.train", *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
     )
+
+
+def run_alone(arguments, *, processes):
+    return run_ranks(["-m", "hf_vla_actions.train", *arguments], processes=processes)
 
 
 def test_two_processes_train_as_one_with_twice_the_batch(dataset_folder, base_folder, tmp_path):
     found = {}
     for processes, batch in ((1, 4), (2, 2)):
         out = tmp_path / f"out{processes}"
-        done = launch(
+        start = launch if processes > 1 else run_alone
+        done = start(
             [
                 "--model_name_or_path",
                 str(base_folder),
