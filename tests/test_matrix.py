@@ -2,9 +2,16 @@
 
 import pytest
 import torch
-from matrix import LAYOUTS, OPERATIONS, execute, make, save_load, train_lora
+from matrix import LAYOUTS, OPERATIONS, execute, make, only_compiled, save_load, train_lora
 from tiny import picture
 from tiny_families import FAMILIES
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_compiled_is_left():
+    yield
+    only_compiled.cache_clear()
+    torch.compiler.reset()
 
 
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.__name__)
