@@ -4,7 +4,8 @@ import json
 
 import numpy as np
 import pytest
-from test_train import SEVEN, launch, run_launcher
+from forked import run_ranks
+from test_train import SEVEN
 from tiny import save_native_llava
 
 from hf_vla_actions import AutoModelForActionPrediction
@@ -24,7 +25,7 @@ def bridge(shared):
 @pytest.mark.parametrize("shuffled", [False, True])
 def test_a_real_batch_can_be_overfitted_but_not_without_its_pictures(base, bridge, tmp_path, shuffled):
     script = [str(__file__).replace("test_bridge.py", "overfit.py")]
-    done = run_launcher([*script, str(base), bridge, str(tmp_path / "out"), str(int(shuffled))], processes=2)
+    done = run_ranks([*script, str(base), bridge, str(tmp_path / "out"), str(int(shuffled))], processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
     metrics = json.loads((tmp_path / "out/action_metrics.json").read_text())
     assert metrics["world_size"] == 2
@@ -50,7 +51,8 @@ def test_the_command_line_trains_and_predicts_on_real_episodes(base, bridge, tmp
         "--use_cpu",
     ]
     argv += ["--use_peft", "--lora_r", "8", "--max_steps", "4", "--eval_fraction", "0.2", "--skip_first", "1", *SEVEN]
-    done = launch([*argv, "--save_strategy", "no", "--per_device_train_batch_size", "4"], processes=2)
+    argv += ["--save_strategy", "no", "--per_device_train_batch_size", "4"]
+    done = run_ranks(["-m", "hf_vla_actions.train", *argv], processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
     policy = AutoModelForActionPrediction.from_pretrained(out)
     assert sorted(policy.action_config.norm_stats) == ["bridge_sample"]
