@@ -595,6 +595,17 @@ def test_calls_in_threads_come_back_in_the_order_in_which_they_ended():
     worker.close()
 
 
+def test_a_simulation_waits_for_the_first_call_to_end():
+    clock, latencies = SimulatedClock(), iter([0.5, 0.2])
+    worker = SimulatedWorker(clock, lambda: next(latencies))
+    worker.start(lambda: "long")
+    worker.start(lambda: "short")
+    for now, value in ((0.2, "short"), (0.5, "long")):
+        worker.wait()
+        assert clock() == now
+        assert [outcome.value for outcome in worker.finished()] == [value]
+
+
 def test_a_real_clock_and_a_real_thread():
     """Half a second at 50 Hz with inference of 30 ms: whatever the machine does meanwhile, steps are at their time."""
     rate, begins = 50.0, []

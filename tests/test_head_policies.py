@@ -180,6 +180,9 @@ def test_the_state_is_read_and_normalized():
     )
     assert np.abs(here - there).max() > 0
     np.testing.assert_array_equal(policy.action_config.normalize_proprio([2.0, 4.0, 6.0]), [1, 2, 3, 0])
+    seen = policy.prepare(images, sentence, [1, 2, 3])
+    for state in (np.array([[1.0, 2.0, 3.0]]), torch.tensor([[1, 2, 3]], dtype=torch.bfloat16)):
+        np.testing.assert_array_equal(policy.predict_action(**{**seen, "proprio": state}), there)
     with pytest.raises(VLAActionsError, match="reads the robot's state"):
         policy.prepare(images, sentence)
     action = policy.policy()({"images": images, "instruction": sentence, "proprio": np.zeros(3)})

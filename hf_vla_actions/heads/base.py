@@ -289,7 +289,9 @@ def _moved(features: Features, device: torch.device, dtype: torch.dtype) -> Feat
         return None if value is None else value.to(device, dtype if value.is_floating_point() else None)
 
     tensors = {f.name: cast(getattr(features, f.name)) for f in fields(features) if f.name != "cache"}
-    cache = features.cache and tuple((cast(keys), cast(values)) for keys, values in features.cache)
+    cache = features.cache and tuple(
+        (keys.to(device, dtype), values.to(device, dtype)) for keys, values in features.cache
+    )
     return Features(**tensors, cache=cache)  # type: ignore[arg-type]
 
 

@@ -275,7 +275,8 @@ class HeadPolicyMixin(ActionPredictionMixin):
         head = self.action_head
         state = None
         if proprio is not None:
-            values = self.action_config.normalize_proprio(np.asarray(proprio.cpu()), key)
+            real = torch.as_tensor(proprio).double().cpu().numpy()
+            values = self.action_config.normalize_proprio(real, key)
             state = torch.from_numpy(values).to(self.device, head.dtype)  # type: ignore[attr-defined]
         past, past_mask = None, None
         if head.window > 1:

@@ -88,7 +88,7 @@ class ChunkRunner(Policy):
 
     def __init__(self, policy: ChunkSource | Policy, *, continues: bool = False, every_step: bool = False):
         self._inner = policy if isinstance(policy, ChunkRunner) else None
-        self.every_step = every_step or (self._inner is not None and self._inner.every_step)
+        self.every_step: bool = every_step or (self._inner is not None and self._inner.every_step)
         if self._inner is not None and self._inner.continues_chunks and not continues:
             raise ExecutionError(
                 f"{type(self).__name__} would leave out what {type(policy).__name__} adds: only AsyncPolicy tells a source "
