@@ -47,7 +47,9 @@ def test_unknown_command_raises_exit_status_2(capsys):
     assert main([]) == 2
 
 
-@pytest.mark.parametrize("missing", ["import some_package_that_nobody_has", "import some_package_that_nobody_has.part"])
+@pytest.mark.parametrize(
+    "missing", ["import some_package_that_nobody_has", "import some_package_that_nobody_has.part"]
+)
 def test_only_foreign_packages_are_to_be_installed(missing, tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "room_of_a_test.py").write_text(missing)

@@ -9,9 +9,10 @@ from PIL import Image
 from test_train import write_dataset
 from tiny import picture, save_native_llava, sharpen, tiny_llava
 
-from hf_vla_actions import constraints, runtime
+from hf_vla_actions import ActionConfig, constraints, runtime
 from hf_vla_actions.actions.formats import FORMATS
 from hf_vla_actions.cli import main
+from hf_vla_actions.config.preset_table import PRESETS
 from hf_vla_actions.constraints.text import TYPES, parse_constraints
 from hf_vla_actions.decoding.report import FIELDS
 from hf_vla_actions.heads.kinds import KINDS
@@ -112,6 +113,15 @@ def test_page_of_heads_runs_and_prints_what_it_says(place, monkeypatch, capsys):
     table = HEADS.read_text().split("## On any model")[0]
     for kind, config in KINDS.items():
         assert kind == "native" or f"| `{kind}` | `{config.__name__}` |" in table, kind
+    for name in PRESETS:
+        preset = ActionConfig.preset(name)
+        (line,) = re.findall(rf"^\| `{re.escape(name)}` \|.*$", HEADS.read_text(), re.MULTILINE)
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        assert cells[1].replace(" padded", "") == f"{preset.horizon} x {preset.dof}, {preset.execute_steps}", name
+        assert ("padded" in cells[1]) == preset.pads, name
+        assert cells[3].split()[0] == preset.norm_mode, name
+        assert cells[4] == ("–" if preset.direction is None else preset.direction[0]), name
+        assert cells[5] == ("–" if preset.proprio_dim is None else str(preset.proprio_dim)), name
 
 
 def test_page_of_data_runs_commands_and_code_in_its_order(tmp_path, monkeypatch, capsys):
