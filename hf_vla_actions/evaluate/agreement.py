@@ -42,7 +42,8 @@ def _bounds(stats: ActionStats) -> ActionStats:
         return stats
     low, high = stats.min, stats.max
     if low is None or high is None:
-        low, high = stats.mean - 2 * stats.std, stats.mean + 2 * stats.std  # type: ignore[operator]
+        mean, std = np.asarray(stats.mean), np.asarray(stats.std)
+        low, high = mean - 2 * std, mean + 2 * std
     return replace(stats, mode="bounds", min=low, max=high)
 
 

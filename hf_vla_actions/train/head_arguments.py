@@ -95,9 +95,9 @@ def check_head(args: Any, norm_mode: str, *, weighted: bool = False) -> None:
             "--norm_mode normal with --action_tokenizer: tokens cover [-1, 1], which are the bounds of the others. Leave "
             "one of them out"
         )
-    for option, names in SIZES.items():
-        if getattr(args, option) is not None and args.head not in names:
-            raise TrainingError(f"--{option} is for {' and '.join(names)}, a {args.head} head has none: leave it out")
+    for option, kinds in SIZES.items():
+        if getattr(args, option) is not None and args.head not in kinds:
+            raise TrainingError(f"--{option} is for {' and '.join(kinds)}, a {args.head} head has none: leave it out")
     _read(args.head, args.head_options)
 
 
