@@ -101,6 +101,9 @@ def test_the_comparison_runs_goes_on_where_it_stopped_and_prints_its_table(path,
     assert all(f"\n| {label} |" in text for label, _, _ in heads.variants())
     rows = json.loads((tmp_path / "quick_multimodal.json").read_text())["rows"]
     assert [row["name"] for row in rows] == sorted(heads.POLICIES, key=multimodal.ROWS.index)
+    assert [len(row["loss"]) for row in rows] == [
+        6 if "longer" in row["name"] else 3 for row in rows
+    ]  # of 9 or 3 steps
     again = ["--quick", "--output", str(tmp_path / "quick_multimodal.json"), "--seeds", "0"]
     multimodal.main([*again, "--only", *heads.POLICIES])
     assert json.loads((tmp_path / "quick_multimodal.json").read_text())["rows"] == rows
@@ -129,6 +132,12 @@ def test_a_word_is_the_distance_to_the_block(path, world, tmp_path, capsys):
     for sentence, word in zip(shown.sentences, said, strict=True):
         state = {word[0]: int(word[1:]) for word in sentence.split()[1:]}
         assert word == f"ahead{state['b'] - state['y']}"
+
+
+def test_beside_execution_inference_may_take_as_many_periods_as_are_executed_or_left(path, world):
+    heads = importlib.import_module("heads")
+    periods = {n: heads.period(120.0, world.Setting(execute=n)) for n in (1, 4, 6)}
+    assert periods == pytest.approx({1: 120.0, 4: 30.0, 6: 60.0})
 
 
 def test_intervals_are_wilsons(path):
