@@ -100,9 +100,7 @@ def make_env(blocked: float, max_steps: int) -> Plane:
 
 def sentence(env: TabletopEnv, blocked: float) -> str:
     """x and y of the tool and y of the block from the middle of the wall in grains, and what it blocks in mm."""
-    wall = env.wall
-    assert wall is not None
-    middle = np.array(wall.center)
+    middle = np.array(env.wall.center)  # type: ignore[union-attr]
     x, y = np.round((env.pose[:2] - middle) / GRAIN).astype(int)
     block = round((env.blocks[env.target][1] - middle[1]) / GRAIN)
     return f"detour x{x} y{y} b{block} w{1000 * blocked:.0f}"
