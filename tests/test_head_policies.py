@@ -51,6 +51,14 @@ def look(policy, sentences, seeds=(0, 1, 2)):
     return policy.prepare(images, sentences)
 
 
+def opened(policy, scale=0.2):
+    """A denoiser begins with gates that are closed, and hears nothing."""
+    with torch.no_grad():
+        for p in policy.action_head.parameters():
+            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())) * scale)
+    return policy
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_features_are_those_of_each_prompt_alone_in_training_and_in_use(family):
     policy = make(family)
@@ -219,10 +227,7 @@ def with_answer(policy, inputs, answer):
 
 @pytest.mark.parametrize("insulate", [False, True])
 def test_words_and_actions_in_one_forward(insulate):
-    policy = make(head=FlowMatchingConfig(HORIZON, 7, width=16, depth=1, n_heads=2)).train()
-    with torch.no_grad():
-        for p in policy.action_head.parameters():  # it starts with gates that are closed
-            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())) * 0.1)
+    policy = opened(make(head=FlowMatchingConfig(HORIZON, 7, width=16, depth=1, n_heads=2)), 0.1).train()
     prompts = look(policy, [INSTRUCTIONS[0], LONG])
     chunks = torch.zeros(2, HORIZON, 7)
 
@@ -251,9 +256,7 @@ def test_an_expert_reads_the_cache_of_each_prompt_alone(family, tmp_path):
     head = FlowMatchingConfig(HORIZON, 7, width=16, depth=2, n_heads=4, attend="cache", steps=2)
     policy = make(family, head)
     assert policy.action_config.head.n_layers == policy.config.get_text_config().num_hidden_layers
-    with torch.no_grad():
-        for p in policy.action_head.parameters():  # it starts with gates that are closed
-            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())) * 0.2)
+    opened(policy)
     noise = torch.randn(2, HORIZON, 7, generator=torch.Generator().manual_seed(3))
     whole = policy.predict_action(**look(policy, [INSTRUCTIONS[0], LONG]), noise=noise)
     for row, sentence in enumerate([INSTRUCTIONS[0], LONG]):
@@ -264,6 +267,31 @@ def test_an_expert_reads_the_cache_of_each_prompt_alone(family, tmp_path):
     policy.save_pretrained(tmp_path)
     loaded = AutoModelForActionPrediction.from_pretrained(tmp_path)
     np.testing.assert_array_equal(loaded.predict_action(**look(policy, [LONG], (1,)), noise=noise[1:]), alone)
+
+
+@pytest.mark.parametrize("attend", ["hidden", "cache"])
+@pytest.mark.parametrize("family", ["llama", "qwen2_vl"])
+def test_an_answer_behind_the_prompt_is_as_if_it_were_not_there(family, attend):
+    n_heads = 4 if attend == "cache" else 2
+    policy = opened(make(family, FlowMatchingConfig(HORIZON, 7, width=16, depth=2, n_heads=n_heads, attend=attend)))
+    prompts = look(policy, [INSTRUCTIONS[0], LONG])
+    if "mm_token_type_ids" in prompts:
+        prompts["mm_token_type_ids"] = torch.nn.functional.pad(prompts["mm_token_type_ids"], (0, 2))
+    inputs, labels = with_answer(policy, prompts, torch.tensor([[40, 41]] * 2))
+    if "mm_token_type_ids" in prompts:
+        prompts["mm_token_type_ids"] = prompts["mm_token_type_ids"][:, :-2]
+    chunks = torch.zeros(2, HORIZON, 7)
+    torch.manual_seed(1)
+    alone = policy(**prompts, normalized=chunks).action_loss
+    torch.manual_seed(1)
+    torch.testing.assert_close(policy(**inputs, labels=labels, normalized=chunks).action_loss, alone)
+
+
+def test_positions_are_those_of_a_prompt_alone():
+    policy = make("gpt2", FlowMatchingConfig(HORIZON, 7, width=16, depth=1, n_heads=2))
+    prompt = look(policy, [LONG])
+    natively = policy(**prompt, output_hidden_states=True).hidden_states[-1]
+    torch.testing.assert_close(policy.features(**prompt).hidden, natively)
 
 
 def test_slots_that_would_read_the_answer_raise():
@@ -282,7 +310,7 @@ ONE_SHOT = {"parallel": ParallelConfig(HORIZON, 7, n_bins=16)}
 
 @pytest.mark.parametrize("kind", [*GENERATIVE, *ONE_SHOT])
 def test_every_head_saves_loads_and_predicts_a_batch_as_the_loop(kind, tmp_path):
-    policy = make(head={**GENERATIVE, **ONE_SHOT}[kind])
+    policy = opened(make(head={**GENERATIVE, **ONE_SHOT}[kind]))
     noise = torch.randn(2, HORIZON, 7, generator=torch.Generator().manual_seed(3))
     given = [{"noise": noise[i : i + 1]} if kind in GENERATIVE else {} for i in range(2)]
     whole = policy.predict_action(**look(policy, [INSTRUCTIONS[0], LONG]), **({"noise": noise} if given[0] else {}))
@@ -318,6 +346,10 @@ def test_a_head_with_a_history_remembers_within_an_episode_only():
     np.testing.assert_array_equal([robot(obs) for obs in seen], first)
     robot.reset()
     assert np.abs(robot(seen[3]) - first[3]).max() > 0
+    begin = policy.prepare([seen[0]["images"]] * 3, [LONG] * 3)
+    features = policy.features(**begin, past_mask=torch.zeros(1, 2, dtype=torch.bool))  # nothing was before
+    normalized = policy.action_head.sample(features).double().numpy()
+    np.testing.assert_allclose(policy.action_config.unnormalize(normalized)[1][0, 0], first[0], atol=1e-5)
     window = policy.prepare([obs["images"] for obs in seen[1:]], [LONG] * 3)
     features = policy.features(**window, past_mask=torch.ones(1, 2, dtype=torch.bool))
     normalized = policy.action_head.sample(features).double().numpy()
@@ -348,7 +380,10 @@ def test_chunks_go_on_from_each_other_in_real_time(kind):
     bound = policy.policy(constraints=Range("x", -1.0, 1.0), execute_steps=3)
     np.testing.assert_allclose(bound.predict_chunk(obs, prefix=left)[:2], first[3:5], atol=1e-9)
     np.testing.assert_allclose(going_on[:2], first[3:5], atol=1e-9)
-    if kind == "flow":  # the soft part is drawn to the old plan, most where the weight is largest
+    if kind == "flow":
+        (guide,) = policy._continuing(left, "my_robot", {})["guidance"]
+        np.testing.assert_allclose(guide.weights, [*left.weights, 0, 0, 0], atol=1e-7)
+        # the soft part is drawn to the old plan, most where the weight is largest
         gap, free_gap = (np.abs(chunk[2:4, :3] - first[5:7, :3]).mean() for chunk in (going_on, alone))
         assert gap < 0.8 * free_gap
     robot = RealTimeChunking(policy.policy(), execute_steps=3, delay_steps=2)

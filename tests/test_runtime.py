@@ -206,6 +206,13 @@ def test_absolute_rotations_are_averaged_as_rotations(form):
     np.testing.assert_allclose(to_matrix(action, form), mean, atol=1e-12)
 
 
+def test_rotations_all_around_are_averaged_to_a_rotation():
+    space = ActionSpace(("a", "b", "c"), delta=False, pose=PoseDims(rotation=("a", "b", "c"), form="axis_angle"))
+    policy = TemporalEnsemble(constant_chunks(*(np.pi * np.eye(3))), 0.3, space=space)
+    # The nearest matrix to their mean is a reflection, the nearest rotation the one of most weight.
+    np.testing.assert_allclose(np.abs(run(policy, 3)[-1]), [np.pi, 0, 0], atol=1e-6)
+
+
 def test_an_ensemble_refuses_what_it_cannot_average():
     names = ("a", "b", "c")
     unsaid = ActionSpace(names, delta=False, pose=PoseDims(rotation=names))
