@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import json
 import re
 from pathlib import Path
 
@@ -87,6 +88,39 @@ def test_refusal_reads_as_shown(place):
 def commands():
     joined = [re.sub(r"\\\n\s*", "", block) for block in blocks("bash")]
     return [line for block in joined for line in block.splitlines() if line.strip()]
+
+
+ROWS = {
+    "bins, one after the other": "bins",
+    "bins, in parallel": "bins, parallel",
+    "flow matching": "flow",
+    "flow matching, 3 times the steps": "flow, 3x longer",
+    "diffusion, 3 times the steps": "diffusion, 3x longer",
+}
+
+
+def cells(first):
+    """Rows of the table whose first line begins so, without its head."""
+    table = README[README.index(first) :].split("\n\n")[0].splitlines()[2:]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+
+
+def test_tables_of_heads_are_what_the_benchmarks_measured():
+    rows = json.loads((ROOT / "benchmarks/multimodal.json").read_text())["rows"]
+    for name, *shares in cells("| | 0 mm | 4 mm |"):
+        walls = zip(*(row["walls"] for row in rows if row["name"] == ROWS.get(name, name)), strict=True)
+        clean = [sum(len(wall["clean"]) for wall in each) / sum(wall["episodes"] for wall in each) for each in walls]
+        assert shares == [f"{share:.0%}" for share in clean], name
+    measured = json.loads((ROOT / "benchmarks/heads.json").read_text())
+    larger = measured["larger"]["ms"]
+    for name, ms, ratio, clean, period, large, large_ratio in cells("| | ms | to bins | clean |"):
+        key = ROWS.get(name, name.removesuffix(" *").replace("flow matching", "flow"))
+        own, worth = measured["ms"][key], measured["worth"][key]
+        assert [ms, ratio] == [f"{own:.1f}", f"{own / measured['ms']['bins']:.2f}x"], name
+        assert clean == f"{np.mean(worth['clean']) / worth['episodes_a_wall']:.0%}", name
+        assert period == f"{own / 4:.1f}", name
+        there = [f"{larger[key]:.0f}", f"{larger[key] / larger['bins']:.3f}x"] if key in larger else ["–", "–"]
+        assert [large, large_ratio] == there, name
 
 
 def test_training_command_has_options_that_exist():
