@@ -10,7 +10,7 @@ from tiny_families import FAMILIES
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from hf_vla_actions import ActionConfig, ActionStats, AutoModelForActionPrediction, NormStats, VLAActionsError, to_vla
-from hf_vla_actions.constraints import Range
+from hf_vla_actions.constraints import Context, Range, Rate
 from hf_vla_actions.errors import ActionSpaceError, CheckpointError
 from hf_vla_actions.heads import (
     DiffusionConfig,
@@ -88,6 +88,10 @@ def test_the_loss_reaches_head_slots_and_model(family):
     other = chunks.clone()
     other[1, 1:] = 0.9
     torch.testing.assert_close(policy(**inputs, normalized=other, action_pad_mask=mask).loss, out.loss)
+    twice = int(mask.sum()) * 7 * 2  # this batch is half of a step
+    torch.testing.assert_close(
+        policy(**inputs, normalized=chunks, action_pad_mask=mask, n_items=twice).loss, out.loss / 2
+    )
 
 
 @pytest.mark.parametrize("family", ["llava", "paligemma", "gemma3", "qwen2_vl", "gpt2"])
@@ -159,6 +163,10 @@ def test_constraints_hold_and_what_was_moved_is_said():
     assert set(report.blame) == {str(Range("x", asked, 1.0)), str(Range("z", -0.01, 0.01))}
     assert f"was broken in {(blame > 1e-9).sum()} of {blame.size} steps" in report.summary()
     json.dumps(report.to_dict(), allow_nan=False)
+    here = Context(last_action=np.zeros(7))
+    known = policy.predict_action(**inputs, constraints=[Rate("x", 0.001)], context=here, return_dict=True).confidence
+    first = np.abs(known.decoded[:, 0, 0]) - 0.001
+    np.testing.assert_allclose(known.blame[str(Rate("x", 0.001))][:, 0], np.maximum(first, 0), atol=1e-9)
     each = [[Range("x", asked, 1.0)], [Range("y", -1.0, 1.0)]]
     apart = policy.predict_action(**inputs, constraints=each, return_dict=True).confidence
     assert np.isnan(apart.blame[str(Range("x", asked, 1.0))][1]).all()
@@ -175,6 +183,8 @@ def test_a_robot_with_fewer_dimensions_is_padded_and_trimmed():
     assert chunk.shape == (1, HORIZON, 10)
     assert not chunk[..., 7:].any()
     assert policy.predict_action(**look(policy, [LONG])).shape == (1, HORIZON, 7)
+    said = np.arange(30.0).reshape(1, HORIZON, 10) / 30
+    np.testing.assert_array_equal(policy.action_config.unnormalize(said)[0], said[..., :7])
     with pytest.raises(VLAActionsError, match="the head only 5"):
         config(RegressionConfig(HORIZON, 5))
 

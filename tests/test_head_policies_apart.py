@@ -177,6 +177,14 @@ def test_a_quantized_model_is_saved_with_its_head_beside_it(tmp_path):
     assert "action_head.slot_embeddings" in small.state_dict()
 
 
+def test_a_state_that_is_given_is_what_is_saved(tmp_path):
+    policy = make("llama")
+    other = make("llama", seed=1)
+    policy.save_pretrained(tmp_path, state_dict=other.state_dict())
+    loaded = AutoModelForActionPrediction.from_pretrained(tmp_path)
+    assert all(torch.equal(loaded.state_dict()[name], value) for name, value in other.state_dict().items())
+
+
 def test_half_precision_of_a_training_does_not_reach_the_memory_of_an_lstm():
     torch.manual_seed(0)
     head = RecurrentConfig(HORIZON, 7, window=2, hidden=8, layers=1).build(32)
