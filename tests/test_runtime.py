@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
-from tiny import picture, sharpen, tiny_llava
+from tiny import INSTRUCTIONS, picture, sharpen, tiny_llava
 
 from hf_vla_actions import ActionSpace, Gripper, PoseDims
 from hf_vla_actions.actions.rotations import from_matrix, size_of, to_matrix
@@ -481,3 +481,18 @@ def test_every_executor_takes_a_policy_of_a_model_and_tells_it_what_was_done():
             clock.advance(0.2)
         assert len(begins) >= 2
         assert max(begins) <= 0.001
+
+
+@pytest.mark.parametrize("mode", ["project", "transport"])
+def test_tokens_go_on_from_the_chunk_under_way(mode):
+    vla = sharpen(tiny_llava(horizon=6))
+    obs = {"images": picture(0), "instruction": INSTRUCTIONS[0]}
+    plain = vla.policy(mode=mode, execute_steps=2)
+    first = plain.predict_chunk(obs)
+    alone = plain.predict_chunk({**obs, "images": picture(3)})
+    going_on = plain.predict_chunk({**obs, "images": picture(3)}, prefix=Overlap.of(first[2:], 2))
+    np.testing.assert_allclose(going_on[:2], first[2:4], atol=1e-9)
+    assert np.abs(alone[:2] - first[2:4]).max() > 1e-6
+    robot = RealTimeChunking(vla.policy(mode=mode), execute_steps=2, delay_steps=2)
+    sent = [robot(obs) for _ in range(6)]
+    np.testing.assert_allclose(sent[2:4], first[2:4], atol=1e-9)
