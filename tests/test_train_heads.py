@@ -50,7 +50,7 @@ OPTIONS = {
     "recurrent": [*("--head_width", "8", "--head_depth", "1"), *("--head_options", '{"window": 3, "readout": [8]}')],
     "parallel": ["--head_options", "n_bins=16"],
     "diffusion": [
-        *("--head_width", "16", "--head_depth", "1", "--head_heads", "2"),
+        *("--head_width", "16", "--head_depth", "1", "--head_heads", "2", "--head_steps", "5"),
         *("--head_options", "train_steps=10"),
     ],
     "flow": ["--head_width=16", "--head_depth=1", "--head_heads=2", "--head_steps=2"],
@@ -265,7 +265,7 @@ def test_resumed_training_ends_bit_equal_with_its_head_and_noise(kind, lora, bas
     assert [metrics[name] for name in same] == [again[name] for name in same]
 
 
-@pytest.mark.parametrize(("kind", "steps", "wanted"), [("regression", 60, 0.05), ("flow", 120, 0.25)])
+@pytest.mark.parametrize(("kind", "steps", "wanted"), [("regression", 240, 0.05), ("flow", 120, 0.25)])
 def test_a_head_alone_learns_a_batch_by_heart(kind, steps, wanted, robot, tmp_path):
     wide = {"width": 64, "depth": 2, "n_heads": 4} if kind == "flow" else {"hidden": 64}
     policy = make(robot, kind, **wide)
@@ -298,7 +298,8 @@ def test_an_evaluation_draws_the_same_chunks_however_it_is_split(robot):
 def test_a_policy_with_a_head_is_trained_further(base, robot, tmp_path, capsys):
     train(base, robot, tmp_path / "first", "--max_steps", 2, "--head", "flow", *OPTIONS["flow"])
     first = AutoModelForActionPrediction.from_pretrained(tmp_path / "first", self_test=False)
-    assert train(tmp_path / "first", robot, tmp_path / "more", "--max_steps", 1, "--learning_rate", "1e-12") == 0
+    still = ("--learning_rate", "1e-12", "--head_learning_rate", "1e-12")
+    assert train(tmp_path / "first", robot, tmp_path / "more", "--max_steps", 1, *still) == 0
     more = AutoModelForActionPrediction.from_pretrained(tmp_path / "more", self_test=False)
     for name, value in first.action_head.state_dict().items():
         torch.testing.assert_close(more.action_head.state_dict()[name], value, atol=1e-9, rtol=0)
