@@ -390,3 +390,10 @@ def test_merged_and_inspected_and_a_head_that_is_lost_is_named(base, robot, tmp_
 def test_the_trainer_of_tokens_refuses_a_head(robot, tmp_path):
     with pytest.raises(TrainingError, match="HeadTrainer"):
         VLATrainer(make(robot, "flow"), arguments(tmp_path))
+
+
+def test_weights_that_are_cut_over_processes_are_refused(robot, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    policy = make(robot, "regression")
+    with pytest.raises(TrainingError, match="hold all weights"):
+        HeadTrainer(policy, arguments(tmp_path), train_dataset=chunks_of(robot, policy))

@@ -119,7 +119,8 @@ class HeadConfig(abc.ABC):
 class ActionHead(nn.Module, abc.ABC):
     """A head: from features to normalized chunks.
 
-    All of it computes in the dtype of its own weights, float32 unless somebody changes it, whatever the model's is.
+    All of it computes in the dtype of its own weights, float32 unless somebody changes it, whatever the model's is; under
+    autocast in what autocast chooses, but for the LSTM.
 
     Args:
         config: what it is made of.

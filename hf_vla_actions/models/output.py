@@ -37,8 +37,8 @@ def commanded(bound: BoundConstraints, decoded: np.ndarray, mode: str, style: st
     if (excess > ROUNDING).any():
         row = int(excess.argmax())
         raise VLAActionsError(
-            f"the chunk of row {row} exceeds its constraints by {excess[row]:.3g}: another logits processor forced tokens "
-            "that they do not allow. Nothing was returned"
+            f"the chunk of row {row} exceeds its constraints by {excess[row]:.3g}: either another logits processor forced "
+            "tokens that they do not allow, or no projection was found. Nothing was returned"
         )
     return actions
 

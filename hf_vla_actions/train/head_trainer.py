@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from transformers.hf_argparser import string_to_bool
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from hf_vla_actions.config import ActionConfig
 from hf_vla_actions.errors import TrainingError
@@ -36,6 +39,11 @@ class HeadTrainer(VLATrainer):
     with_head = True
 
     def __init__(self, model, args, *, unnorm_key: str | Sequence[str] | None = None, **kwargs: Any):
+        if string_to_bool(os.environ.get("ACCELERATE_USE_FSDP", "false")) or is_deepspeed_zero3_enabled():
+            raise TrainingError(
+                "FSDP and ZeRO-3 gather weights where a module's forward runs, and a continuous head is asked for its loss and "
+                "for chunks instead: train it with processes that each hold all weights (`hf-vla launch-config multi_gpu`)"
+            )
         super().__init__(model, args, unnorm_key=unnorm_key, **kwargs)
         weight = getattr(args, "transfusion_weight", None)
         self._how = {
