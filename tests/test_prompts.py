@@ -295,7 +295,7 @@ def test_entries_that_are_no_list_raise():
             prompts.build(images, instruction)
 
 
-@pytest.mark.parametrize("model_type", ["chameleon", "fuyu", "emu3", "pi0", "udop"])
+@pytest.mark.parametrize("model_type", ["chameleon", "fuyu", "emu3", "udop"])
 def test_vision_models_without_a_vision_config_are_not_taken_for_text(model_type):
     with pytest.raises(VLAActionsError, match=f"got '{model_type}'"):
         family_of(AutoConfig.for_model(model_type))
