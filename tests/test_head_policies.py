@@ -21,6 +21,7 @@ from hf_vla_actions.heads import (
 )
 from hf_vla_actions.models import save_adapter
 from hf_vla_actions.models.head_files import HEAD_FILE
+from hf_vla_actions.models.predict import report as report_text
 from hf_vla_actions.runtime import AsyncPolicy, Overlap, RealTimeChunking
 from hf_vla_actions.train.arguments import LoraArguments
 from hf_vla_actions.train.lora import add_lora
@@ -163,6 +164,7 @@ def test_constraints_hold_and_what_was_moved_is_said():
     assert set(report.blame) == {str(Range("x", asked, 1.0)), str(Range("z", -0.01, 0.01))}
     assert f"was broken in {(blame > 1e-9).sum()} of {blame.size} steps" in report.summary()
     json.dumps(report.to_dict(), allow_nan=False)
+    assert report_text(out, SPACE) == report.summary()  # of `hf-vla predict --report`
     here = Context(last_action=np.zeros(7))
     known = policy.predict_action(**inputs, constraints=[Rate("x", 0.001)], context=here, return_dict=True).confidence
     first = np.abs(known.decoded[:, 0, 0]) - 0.001

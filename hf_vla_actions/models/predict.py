@@ -117,15 +117,15 @@ def _drawn(policy, seed: int) -> Callable[[], dict[str, Any]]:
 
 def report(out: ActionOutput, space) -> str:
     """What constraints did, in words: to the distributions of single numbers, or to a whole chunk."""
-    if not out.kept_while and out.token_ids.shape[1]:
+    if not out.kept_while:
         return out.confidence.summary()
-    lines = [kept.summary() for kept in out.kept_while[:1]]  # none of a continuous head, which is projected afterwards
+    lines = [out.kept_while[0].summary()]
     if out.candidate is not None:
         which = {0: "the first", -1: "the first, as none is allowed"}.get(int(out.candidate[0]), str(out.candidate[0]))
         lines.append(f"candidate:           {which}")
     most = np.abs(out.moved[0]).max(axis=0)
     moved = [f"{space.names[d]} {most[d]:.3g} {space.units[d] or ''}".strip() for d in np.flatnonzero(most)]
-    lines.append(f"moved at most:       {', '.join(moved) or 'nothing, the chunk is what the policy says'}")
+    lines.append(f"moved at most:       {', '.join(moved) or 'nothing, the chunk is what the tokens say'}")
     return "\n".join(lines)
 
 
